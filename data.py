@@ -1,0 +1,977 @@
+"""Everything that comes from disk, and back to it: instructions, tokenizers, weights.
+
+Text becomes token ids here, with the gist tokens between prompt and input. The three parts are tokenized separately and
+joined as ids, so that the prompt's tokens never depend on the input:
+
+    LLaMA   <s> "Instruction: {instruction}" <G>...<G> "Input: {input}\\nOutput:" "{output}" </s>
+
+An example without an input has just "Output:". With LLaMA's tokenizer this gives the paper's own token counts.
+"""
+import base64
+import ctypes
+import hashlib
+import io
+import json
+import math
+import mmap
+import os
+import pickle
+import random
+import re
+import sys
+import unicodedata
+import zipfile
+from dataclasses import dataclass
+from itertools import chain, groupby
+from pathlib import Path
+from typing import Callable, Iterable, Iterator
+
+import regex
+import sentencepiece
+import tiktoken
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from model import IGNORE, Cache, Llama, LlamaConfig, rope_frequencies
+from t5 import T5, T5Config
+
+SPLITS = ("seen", "unseen", "human")       # the paper's three validation splits
+
+
+class DataError(Exception):
+    """Bad input from outside, told in one line: what is wrong, in which file, what to do."""
+
+
+# ---- Instructions ----
+
+def load_instructions(path: str, seed: int = 0) -> dict[str, list[dict]]:
+    """Read a data set: {"train": [...], "seen": [...], "unseen": [...], "human": [...]}.
+
+    path: "builtin", or a directory in the Alpaca+ layout: `*train*.json` and any of `*validation_seen*.json`,
+    `*validation_unseen*.json`, `*validation_human*.json`, each a JSON array or JSON lines. A record is a dict with the strings
+    `instruction`, `input` ("" if it needs none) and `output`. A split without a file is []. Raises DataError.
+    """
+    if path == "builtin":
+        return builtin(seed=seed)
+    folder = Path(path)
+    if not folder.is_dir():
+        raise DataError(f"{path}: no such data directory; give one in the Alpaca+ layout, or --data builtin")
+    patterns = {"train": "*train*.json", **{split: f"*validation_{split}*.json" for split in SPLITS}}
+    data = {split: [r for file in sorted(folder.glob(p)) for r in read_records(file)] for split, p in patterns.items()}
+    if not data["train"]:
+        raise DataError(f"{path}: no training examples; expected a file {patterns['train']} with at least one record")
+    return data
+
+
+def read_records(file: Path) -> list[dict]:
+    """The records of one JSON array or JSON lines file. Raises DataError, naming file and line."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read as UTF-8 text: {error}") from None
+    if text.lstrip().startswith("["):
+        try:
+            records = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{file}, line {error.lineno}: broken JSON: {error.msg}") from None
+        places = [f"record {i + 1}" for i in range(len(records))]
+    else:
+        records, places = [], []
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    records.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{file}, line {number}: broken JSON: {error.msg}") from None
+                places.append(f"line {number}")
+    for record, place in zip(records, places):
+        if not isinstance(record, dict):
+            raise DataError(f"{file}, {place}: expected an object with instruction, input and output")
+        record.setdefault("input", "")
+        for key in ("instruction", "input", "output"):
+            if not isinstance(record.get(key), str):
+                raise DataError(f"{file}, {place}: '{key}' is missing or not a string")
+    return records
+
+
+# ---- The built-in instructions ----
+#
+# A model trained from scratch cannot learn the world in minutes, so these ask for what it can learn and still needs the
+# instruction for: what to do with a short list of everyday words. Slots of a template: {a} {b} {c} words, {n} two or three,
+# {nth} first, second or third, {list} a name for the list. A function maps the list w and the slots' values to the answer's words.
+
+WORDS = """
+apple bag ball band basket bath beach bean bear bed bell belt bench bike bird boat bone book boot bottle bowl box branch
+bread bridge brush bus butter button cake camel camp candle cap car card carpet cart castle cat chain cheese cherry
+circle clock cloth cloud coat coin cow crow crown cup desk dog doll donkey door dress drum duck eagle farm field fire
+fish flag flower flute fork fox frog fruit garden gate ghost glass goat gold goose hammer hat honey horn horse house
+island jacket jar juice key king kite kitten knife lake lamp leaf lemon letter lion lock map mask milk mirror moon mouse
+nail net paint paper pear pen pencil piano pig pipe plane pond queen rabbit rain ring river road robot rose salt sand
+school sheep ship shirt shoe snake snow sock spoon star stone stool storm sugar sun table tent tiger tower train tree
+truck watch water wheel window wolf
+""".split()
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
+ORDINALS = "first second third".split()
+LISTS = ("the list", "this list", "the list of words", "the list below")
+STEPS = ("reverse", "first to end", "swap ends", "drop first", "drop last", "prepend", "append", "set nth")    # of a two-step instruction
+
+
+@dataclass
+class Family:
+    """One kind of instruction: what it does to a list of words, and ways to ask for it."""
+    apply: Callable                 # (w, a, b, c, n) -> list of words; n is the value of {n}, or the index of {nth}
+    templates: tuple[str, ...]
+    compares: bool = False          # does it look for an argument in the input?
+
+
+def _family(apply, *templates, compares=False) -> Family:
+    return Family(apply, templates, compares)
+
+
+def _join(w: list[str], glue: str) -> list[str]:
+    return [x for word in w for x in (word, glue)][:-1]
+
+
+def _near(w: list[str], a: str, step: int) -> list[str]:
+    i = w.index(a) + step if a in w else -1
+    return [w[i]] if 0 <= i < len(w) else ["nothing"]
+
+
+@dataclass
+class Task:
+    """One instruction: its text, its family, what it does to a list of words, and the word that it looks for, if any."""
+    text: str
+    family: str
+    solve: Callable[[list[str]], list[str]]
+    looks_for: str | None
+
+
+FAMILIES = {
+    # the order of the list
+    "reverse": _family(lambda w, a, b, c, n: w[::-1], "Reverse {list}.", "Write {list} in reverse order.",
+        "Turn the order of {list} around.", "Say {list} backwards."),
+    "first to end": _family(lambda w, a, b, c, n: w[1:] + w[:1], "Move the first word of {list} to its end.", "Put the first word of {list} last.",
+        "Take the first word of {list} and write it after all others.", "Say {list} with its first word at the end."),
+    "swap ends": _family(lambda w, a, b, c, n: w[-1:] + w[1:-1] + w[:1], "Swap the first and the last word of {list}.", "Exchange the two ends of {list}.",
+        "Let the first and the last word of {list} trade places.", "Write {list} with its first and last word exchanged."),
+    # parts of it
+    "keep first": _family(lambda w, a, b, c, n: w[:n], "Write only the first {n} words of {list}.", "Keep the first {n} words of {list}.",
+        "Give just the first {n} words of {list}.", "Copy {list} but stop after {n} words."),
+    "keep last": _family(lambda w, a, b, c, n: w[-n:], "Write only the last {n} words of {list}.", "Keep the last {n} words of {list}.",
+        "Give just the last {n} words of {list}.", "Which {n} words are at the end of {list}?"),
+    "drop first": _family(lambda w, a, b, c, n: w[1:], "Drop the first word of {list}.", "Leave out the first word of {list}.",
+        "Write {list} without its first word.", "Skip the first word of {list} and write the others."),
+    "drop last": _family(lambda w, a, b, c, n: w[:-1], "Drop the last word of {list}.", "Leave out the last word of {list}.",
+        "Write {list} without its last word.", "Write {list} but stop before its last word."),
+    "nth": _family(lambda w, a, b, c, n: [w[n]], "Write only the {nth} word of {list}.", "Say the {nth} word of {list}.",
+        "What is the {nth} word of {list}?", "Pick the {nth} word of {list} and nothing else."),
+    # repeating and counting
+    "double": _family(lambda w, a, b, c, n: [x for word in w for x in (word, word)], "Write every word of {list} twice.", "Double each word of {list}.",
+        "Say each word of {list} two times in a row.", "Repeat every word of {list} right after itself."),
+    "repeat nth": _family(lambda w, a, b, c, n: w[:n + 1] + w[n:], "Write {list} with its {nth} word twice.", "Double only the {nth} word of {list}.",
+        "Copy {list} but say its {nth} word two times.", "Repeat the {nth} word of {list} and keep the rest."),
+    "count": _family(lambda w, a, b, c, n: [NUMBERS[len(w)]], "Count the words of {list}.", "How many words are there in {list}?",
+        "Say how long {list} is.", "Give the number of words in {list}."),
+    # a word to insert
+    "prepend": _family(lambda w, a, b, c, n: [a] + w, "Put {a} at the front.", "Start the list with {a}.", "Add {a} before the first word.",
+                       "Write {a}, then the list.", "Let {a} be the new first word."),
+    "append": _family(lambda w, a, b, c, n: w + [a], "Put {a} at the end.", "End the list with {a}.", "Add {a} after the last word.",
+                      "Write the list, then {a}.", "Let {a} be the new last word."),
+    "surround": _family(lambda w, a, b, c, n: [a] + w + [b], "Put {a} at the front and {b} at the end.", "Start with {a} and end with {b}.",
+                        "Write {a}, then the list, then {b}.", "Add {a} before the first word and {b} after the last."),
+    "insert after nth": _family(lambda w, a, b, c, n: w[:n + 1] + [a] + w[n + 1:], "Insert {a} after the {nth} word.",
+                                "Add {a} right behind the {nth} word.", "Write {a} once the {nth} word is written, then the rest.",
+                                "Place {a} so that it follows the {nth} word."),
+    "set nth": _family(lambda w, a, b, c, n: w[:n] + [a] + w[n + 1:], "Write {a} in place of the {nth} word.", "Change the {nth} word to {a}.",
+                       "Let {a} take the place of the {nth} word.", "Make the {nth} word {a} and keep the rest."),
+    "join": _family(lambda w, a, b, c, n: _join(w, a), "Write {a} between the words.", "Join the words with {a}.",
+                    "Put {a} between each word and the next.", "Let a {a} stand between any two words."),
+    "before each": _family(lambda w, a, b, c, n: [x for word in w for x in (a, word)], "Write {a} before every word.", "Put {a} in front of each word.",
+                           "Let every word follow a {a}.", "Say {a} each time before you say a word."),
+    "instead": _family(lambda w, a, b, c, n: [a, b], "Ignore the list and say {a} {b}.", "Do not read the list, just write {a} and {b}.",
+                       "Forget the words and answer with {a} {b}.", "Say {a}, then {b}, and nothing of the list."),
+    "say for each": _family(lambda w, a, b, c, n: [a] * len(w), "Write {a} once for every word.", "Say {a} in place of each word.",
+                            "Turn every word into {a}.", "Replace all words with {a}."),
+    # an argument to find in the list
+    "replace": _family(lambda w, a, b, c, n: [b if x == a else x for x in w], "Replace every {a} with {b}.", "Write {b} instead of {a}.",
+                       "Change {a} to {b}.", "Where it says {a}, write {b}.", "Copy the list but turn {a} into {b}.", compares=True),
+    "remove": _family(lambda w, a, b, c, n: [x for x in w if x != a], "Remove every {a}.", "Leave out {a}.", "Take {a} out of the list.",
+                      "Write all words except {a}.", "Copy the list without {a}.", compares=True),
+    "is there": _family(lambda w, a, b, c, n: ["yes" if a in w else "no"], "Say yes if there is a {a}, otherwise say no.", "Is {a} in the list?",
+                        "Does the list have a {a}? Say yes or no.", "Tell me if {a} is one of the words.", compares=True),
+    "if there": _family(lambda w, a, b, c, n: [b if a in w else c], "Say {b} if there is a {a}, otherwise say {c}.", "If {a} is in the list, write {b}, else {c}.",
+                        "Answer {b} when you see {a} and {c} when you do not.", "With {a} in the list say {b}, without it say {c}.", compares=True),
+    "which": _family(lambda w, a, b, c, n: [a if a in w else b], "Which is in the list, {a} or {b}?", "Say which of {a} and {b} is there.",
+                     "Is it {a} or {b} that the list has?", "Find {a} or {b} and write the one that you found.", compares=True),
+    "next": _family(lambda w, a, b, c, n: _near(w, a, 1), "Which word comes after {a}?", "Write the word behind {a}.",
+                    "Find {a} and say the next word.", "What follows {a} in the list?", compares=True),
+}
+
+
+
+
+def _one_step(rng: random.Random, name: str) -> Task:
+    """Fill one template of a family with words and numbers."""
+    family, words = FAMILIES[name], rng.sample(WORDS, 3)
+    template = rng.choice(family.templates)
+    number, place = rng.choice((2, 3)), rng.randrange(len(ORDINALS))
+    slots = dict(zip("abc", words), n=NUMBERS[number], nth=ORDINALS[place], list=rng.choice(LISTS))
+    n = place if "{nth}" in family.templates[0] else number
+    return Task(template.format(**slots), name, lambda w: family.apply(w, *words, n), words[0] if family.compares else None)
+
+
+def make_task(rng: random.Random) -> Task:
+    """Draw an instruction: 18 % look for a word in the list, 8 % have two steps."""
+    kind = rng.random()
+    if kind < 0.92:
+        return _one_step(rng, rng.choice([name for name, family in FAMILIES.items() if family.compares == (kind < 0.18)]))
+    first, second = (_one_step(rng, rng.choice(STEPS)) for _ in range(2))
+    text = f"{first.text[:-1]}, then {second.text[0].lower()}{second.text[1:]}"
+    return Task(text, "two steps", lambda w: second.solve(first.solve(w)), None)
+
+
+def make_record(task: Task, rng: random.Random) -> dict | None:
+    """An example of an instruction: a random list of 3 to 5 words and the answer. None if it asks for words that are not there."""
+    words = rng.sample(WORDS, rng.randint(3, 5))
+    if task.looks_for and task.looks_for not in words and rng.random() < 0.75:
+        words[rng.randrange(len(words))] = task.looks_for
+    try:
+        answer = task.solve(words)
+    except IndexError:
+        return None
+    if not 0 < len(answer) <= 12:
+        return None
+    return {"instruction": task.text, "input": " ".join(words), "output": " ".join(answer), "source": task.family}
+
+
+def is_held_out(instruction: str) -> bool:
+    """Is this instruction kept for the unseen split? One in ten is, by a hash that is the same everywhere and always."""
+    return hashlib.sha256(instruction.encode()).digest()[0] % 10 == 0
+
+
+def builtin(n_train: int = 100_000, n_valid: int = 500, seed: int = 0) -> dict[str, list[dict]]:
+    """The built-in data set, generated: unseen instructions never occur in training, seen ones do, with other inputs.
+
+    `human` is written by hand in free phrasing (assets/human.json): no template makes these instructions.
+    """
+    rng = random.Random(seed)
+    data: dict[str, list[dict]] = {"train": [], "seen": [], "unseen": []}
+    tasks = []
+    while len(data["train"]) < n_train or len(data["unseen"]) < n_valid:
+        task = make_task(rng)
+        split, enough = ("unseen", n_valid) if is_held_out(task.text) else ("train", n_train)
+        if len(data[split]) < enough and (record := make_record(task, rng)):
+            data[split].append(record)
+            tasks += [task] if split == "train" else []
+    while len(data["seen"]) < n_valid:
+        if record := make_record(rng.choice(tasks), rng):
+            data["seen"].append(record)
+    data["human"] = read_records(Path(__file__).parent / "assets" / "human.json")
+    return data
+
+
+# ---- Text layout ----
+
+@dataclass
+class Example:
+    """Token ids of one record: the prompt with its gist tokens, what follows them, and the answer."""
+    prompt: list[int]
+    input: list[int]
+    output: list[int]
+    record: dict
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.input) + len(self.output)
+
+
+def layout(record: dict, tokenizer, n_gist: int, arch: str = "llama") -> Example:
+    """Tokenize the three parts of a record, each by itself, and put n_gist gist tokens at the end of the prompt."""
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(tokenizer.prefix + text.strip()) if text.strip() else []
+
+    prompt = ids("Instruction: " + record["instruction"].strip()) + [tokenizer.gist_id] * n_gist
+    given = "Input: " + record["input"].strip() if record["input"].strip() else ""
+    output = ids(record["output"]) + [tokenizer.eos_id]
+    if arch == "t5":
+        return Example(prompt, ids(given) + [tokenizer.eos_id], output, record)
+    return Example([tokenizer.bos_id] + prompt, ids(given + "\nOutput:"), output, record)
+
+
+def make_examples(records: list[dict], tokenizer, n_gist: int, arch: str = "llama", max_length: int = 512,
+                  max_target: int = 256) -> tuple[list[Example], int]:
+    """Lay out all records, cut at the right as in the paper. Returns the examples and how many were skipped.
+
+    LLaMA: prompt, input and output together have at most `max_length` tokens. T5: the source has at most `max_length`, the
+    target `max_target`. An example that loses its whole output, or its gist, could not teach anything and is skipped.
+    """
+    examples = []
+    for record in records:
+        e = layout(record, tokenizer, n_gist, arch)
+        e.input = e.input[:max(0, max_length - len(e.prompt))]
+        e.output = e.output[:max_target if arch == "t5" else max(0, max_length - len(e.prompt) - len(e.input))]
+        if e.output and len(e.prompt) <= max_length:
+            examples.append(e)
+    return examples, len(records) - len(examples)
+
+
+# ---- Batches ----
+
+def pad(rows: list[list[int]], fill: int, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as one (B, T) int64 tensor, and which of it is not padding, (B, T) bool."""
+    T = max(map(len, rows))
+    out, valid = torch.full((len(rows), T), fill), torch.zeros(len(rows), T, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        where = slice(T - len(row), T) if left else slice(0, len(row))
+        out[i, where], valid[i, where] = torch.tensor(row), True
+    return out, valid
+
+
+def collate(examples: list[Example], pad_id: int, arch: str = "llama") -> dict[str, Tensor]:
+    """A batch to train on: tokens (B, T) int64, valid (B, T) bool, targets int64 with IGNORE where there is no label.
+
+    LLaMA: targets (B, T) hold the output's tokens, each at the place before it. T5: tokens are the source, targets (B, T_out) the output.
+    """
+    if arch == "t5":
+        tokens, valid = pad([e.prompt + e.input for e in examples], pad_id)
+        return {"tokens": tokens, "valid": valid, "targets": pad([e.output for e in examples], IGNORE)[0]}
+    tokens, valid = pad([e.prompt + e.input + e.output for e in examples], pad_id)
+    before = [len(e.prompt) + len(e.input) - 1 for e in examples]
+    targets, _ = pad([[IGNORE] * n + e.output + [IGNORE] for n, e in zip(before, examples)], IGNORE)
+    return {"tokens": tokens, "valid": valid, "targets": targets}
+
+
+def batch_order(lengths: list[int], batch_size: int, seed: int) -> list[list[int]]:
+    """One epoch as batches of indices: shuffled, but rows of a batch have similar lengths, so that little of it is padding.
+
+    Shuffle all, sort by length within stretches of 50 batches, cut into batches, shuffle the batches.
+    """
+    rng = random.Random(seed)
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    stretch = 50 * batch_size
+    batches = []
+    for start in range(0, len(order), stretch):
+        rows = sorted(order[start:start + stretch], key=lambda i: lengths[i])
+        batches += [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def padding_share(lengths: list[int], batches: list[list[int]]) -> float:
+    """The fraction of all places that is padding."""
+    places = sum(max(lengths[i] for i in rows) * len(rows) for rows in batches)
+    return 1 - sum(lengths[i] for rows in batches for i in rows) / places
+
+
+# ---- Tokenizers ----
+#
+# Text is only ever text: a "</s>" in it is five characters, not the end. The gist token is one id after the tokenizer's own.
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model: LLaMA's tokenizer.model, T5's spiece.model with its 100 extra ids, or one trained here."""
+    prefix = ""                     # SentencePiece puts a space before the text itself
+
+    def __init__(self, model: bytes, extra_ids: int = 0):
+        self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.bos_id, self.eos_id, self.pad_id = self.sp.bos_id(), self.sp.eos_id(), max(self.sp.pad_id(), 0)
+        self.gist_id = self.sp.vocab_size() + extra_ids
+        self.vocab_size = self.gist_id + 1
+        self.files = {"spiece.model" if extra_ids else "tokenizer.model": model}
+
+    def encode(self, text: str) -> list[int]:
+        return self.sp.encode(text.encode("utf-8", "replace"))            # JSON can hold half a character
+
+    def decode(self, ids: list[int]) -> str:
+        special = {self.sp.unk_id(), self.bos_id, self.eos_id, self.pad_id}
+        return self.sp.decode([i for i in ids if i < self.sp.vocab_size() and i not in special])
+
+    def save(self, folder: Path) -> None:
+        for name, content in self.files.items():
+            write_file(Path(folder) / name, content)
+
+
+class BPETokenizer:
+    """Byte-level byte-pair encoding (LLaMA 3, SmolLM2): text is cut by `patterns`, one after the other, and each piece merged.
+
+    ranks: a token's bytes -> its id, earlier merges first; special: the ids that no text gives; files: what `save` writes.
+    """
+    prefix = " "                    # a word in the middle of a text begins with its space
+
+    def __init__(self, ranks: dict[bytes, int], special: set[int], patterns: list[str], bos_id: int | None, eos_id: int,
+                 pad_id: int | None, files: dict[str, bytes]):
+        self.gist_id = max([*ranks.values(), *special]) + 1
+        self.vocab_size = self.gist_id + 1
+        self.eos_id = eos_id
+        self.bos_id = eos_id if bos_id is None else bos_id
+        self.pad_id = eos_id if pad_id is None else pad_id
+        self.files = files
+        self.special, self.patterns = special, [regex.compile(p) for p in patterns]
+        # SmolLM2 has no tokens for 21 bytes that never came up, and the reference drops them; tiktoken needs an id for all 256.
+        self.missing = bytes(b for b in range(256) if bytes([b]) not in ranks)
+        ranks = ranks | {bytes([b]): self.vocab_size + b for b in self.missing}
+        self.bpe = tiktoken.Encoding("", pat_str="(?s:.+)", mergeable_ranks=ranks, special_tokens={})
+
+    def encode(self, text: str) -> list[int]:
+        pieces = [text]
+        for pattern in self.patterns:
+            pieces = [piece for longer in pieces for piece in isolate(pattern, longer)]
+        content = (piece.encode("utf-8", "replace").translate(None, self.missing) for piece in pieces)
+        return [i for piece in content if piece for i in self.bpe._encode_single_piece(piece)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.bpe.decode([i for i in ids if i < self.gist_id and i not in self.special])
+
+    save = SentencePieceTokenizer.save
+
+
+def isolate(pattern: regex.Pattern, text: str) -> Iterator[str]:
+    """Cut a text into the pattern's matches and what lies between them."""
+    end = 0
+    for match in pattern.finditer(text):
+        if match.start() > end:
+            yield text[end:match.start()]
+        yield match[0]
+        end = match.end()
+    if end < len(text):
+        yield text[end:]
+
+
+def train_tokenizer(records: list[dict], vocab_size: int) -> SentencePieceTokenizer:
+    """Train a SentencePiece model (byte-pair encoding, bytes for what it has not seen) on the training text."""
+    texts = (f"Instruction: {r['instruction']}\nInput: {r['input']}\nOutput: {r['output']}" for r in records[:20_000])
+    lines = (line[:4000] for text in texts for line in text.split("\n") if line.strip())
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True, hard_vocab_limit=False,
+        character_coverage=0.9999, pad_id=3, user_defined_symbols=["\n"], normalization_rule_name="identity", remove_extra_whitespaces=False,
+        num_threads=1, minloglevel=2)
+    return SentencePieceTokenizer(model.getvalue())
+
+
+def load_tokenizer(folder: Path) -> SentencePieceTokenizer | BPETokenizer | None:
+    """Read the tokenizer of a checkpoint, whichever kind it has; None if there is none. Raises DataError."""
+    for name, read in (("tokenizer.model", read_tokenizer_model), ("spiece.model", read_tokenizer_model), ("tokenizer.json", read_tokenizer_json)):
+        if (folder / name).is_file():
+            try:
+                return read(folder / name)
+            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as error:
+                raise DataError(f"{folder / name}: not a tokenizer that can be read here ({one_line(error)}); download it again") from None
+    return None
+
+
+def read_tokenizer_model(file: Path) -> SentencePieceTokenizer | BPETokenizer:
+    """SentencePiece (LLaMA 1, 2, T5) or lines of "base64 rank" (LLaMA 3, followed by 256 special ids)."""
+    content = file.read_bytes()
+    if not re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\s", content):
+        if not content:
+            raise ValueError("empty file")
+        return SentencePieceTokenizer(content, extra_ids=100 if file.name == "spiece.model" else 0)
+    pairs = [line.split() for line in content.splitlines() if line]
+    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    if sorted(ranks.values()) != list(range(len(pairs))):
+        raise ValueError("the ranks are not 0, 1, 2, ...")
+    n = len(ranks)
+    return BPETokenizer(ranks, set(range(n, n + 256)), [LLAMA3_PATTERN], n, n + 1, None, {file.name: content})
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The characters that stand for the 256 bytes in a tokenizer.json: itself if it is visible, otherwise one from 256 on. GPT-2's."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in visible]
+    return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+
+def read_tokenizer_json(file: Path) -> BPETokenizer:
+    """A byte-level BPE in the layout of the `tokenizers` library. Raises DataError for any other kind."""
+    spec, model = (j := read_json(file)), j["model"]
+    odd = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback") if model.get(key)]
+    if model.get("type") != "BPE" or odd or spec.get("normalizer"):
+        what = f"{model.get('type')} {' '.join(odd)} {'with a normalizer' if spec.get('normalizer') else ''}".strip()
+        raise DataError(f"{file}: only plain byte-level BPE is read from tokenizer.json, this is {what}; put the model's tokenizer.model or spiece.model beside it")
+    added = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
+    alphabet = byte_alphabet()
+    ranks = {bytes(alphabet[c] for c in token): i for token, i in model["vocab"].items() if token not in added}
+    merged = ["".join(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+    order = [model["vocab"][token] for token in merged]
+    if order != sorted(order) or len(set(ranks.values())) != len(ranks):
+        raise DataError(f"{file}: the merges are not in the order of the ids, which tiktoken cannot honour; use a model with another tokenizer")
+    files = {file.name: file.read_bytes()}
+    names = {}
+    settings = file.with_name("tokenizer_config.json")
+    if settings.is_file():
+        files[settings.name], names = settings.read_bytes(), read_json(settings)
+    config = read_json(file.with_name("config.json"))
+
+    def special_id(kind: str) -> int | None:
+        token, i = names.get(f"{kind}_token"), config.get(f"{kind}_token_id")
+        token = token.get("content") if isinstance(token, dict) else token
+        return added.get(token, i[0] if isinstance(i, list) else i)
+
+    if (eos_id := special_id("eos")) is None:
+        raise DataError(f"{file}: no end-of-text token; name it as eos_token in {settings}")
+    return BPETokenizer(ranks, set(added.values()), pre_tokenizer_patterns(file, spec.get("pre_tokenizer")),
+                        special_id("bos"), eos_id, special_id("pad"), files)
+
+
+def pre_tokenizer_patterns(file: Path, spec: dict | None) -> list[str]:
+    """The regular expressions whose matches are cut out of the text, one after the other. Raises DataError for a kind it cannot honour."""
+    patterns = []
+    steps = spec.get("pretokenizers", []) if spec and spec["type"] == "Sequence" else [spec or {"type": "none"}]
+    for step in steps:
+        match step:
+            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
+                patterns.append(GPT2_PATTERN)
+            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
+                pass
+            case {"type": "Digits", "individual_digits": bool(single)}:
+                patterns.append(r"\p{N}" if single else r"\p{N}+")
+            case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
+                patterns.append(pattern)
+            case {"type": "Split", "pattern": {"String": text}, "behavior": "Isolated", "invert": False}:
+                patterns.append(regex.escape(text))
+            case _:
+                raise DataError(f"{file}: its pre-tokenizer has a step that is not known here: {json.dumps(step)[:100]}")
+    if not any(step["type"] == "ByteLevel" for step in steps):
+        raise DataError(f"{file}: its BPE is not byte-level; put the model's tokenizer.model or spiece.model beside it")
+    return patterns or [r"(?s:.+)"]
+
+
+# ---- Checkpoints ----
+#
+# A checkpoint is a directory. Read are Hugging Face's layout, with safetensors or PyTorch pickles, in one file or several; Meta's,
+# where each file has a part of every tensor; and weights released as differences from others. Written is the first of them.
+# Tensors are mapped from their files, not read into memory: nothing is there twice.
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+LLAMA_NAMES = {                      # our names, which are Meta's -> Hugging Face's; N is the layer
+    "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
+    "layers.N.attention_norm": "model.layers.N.input_layernorm", "layers.N.ffn_norm": "model.layers.N.post_attention_layernorm",
+    **{f"layers.N.attention.w{x}": f"model.layers.N.self_attn.{x}_proj" for x in "qkvo"},
+    "layers.N.feed_forward.w1": "model.layers.N.mlp.gate_proj", "layers.N.feed_forward.w2": "model.layers.N.mlp.down_proj",
+    "layers.N.feed_forward.w3": "model.layers.N.mlp.up_proj",
+}
+T5_NAMES = {"embedding": "shared", "output": "lm_head"}
+for _stack, _ffn in (("encoder", 1), ("decoder", 2)):
+    _block = f"{_stack}.block.N.layer"
+    T5_NAMES |= {
+        f"{_stack}.relative_bias": f"{_stack}.block.0.layer.0.SelfAttention.relative_attention_bias",
+        f"{_stack}.norm": f"{_stack}.final_layer_norm", f"{_stack}.layers.N.attention_norm": f"{_block}.0.layer_norm",
+        f"{_stack}.layers.N.cross_norm": f"{_block}.1.layer_norm", f"{_stack}.layers.N.ffn_norm": f"{_block}.{_ffn}.layer_norm",
+        **{f"{_stack}.layers.N.attention.w{x}": f"{_block}.0.SelfAttention.{x}" for x in "qkvo"},
+        **{f"{_stack}.layers.N.cross_attention.w{x}": f"{_block}.1.EncDecAttention.{x}" for x in "qkvo"},
+        f"{_stack}.layers.N.feed_forward.w1": f"{_block}.{_ffn}.DenseReluDense.wi_0",       # wi in T5 1.0
+        f"{_stack}.layers.N.feed_forward.w2": f"{_block}.{_ffn}.DenseReluDense.wo",
+        f"{_stack}.layers.N.feed_forward.w3": f"{_block}.{_ffn}.DenseReluDense.wi_1",
+    }
+# What some files carry and no model needs: rotary tables, copies of T5's embedding, a table that T5 never reads.
+IGNORED = r".*rotary_emb\.inv_freq|rope\.freqs|(en|de)coder\.embed_tokens\.weight|.*EncDecAttention\.relative_attention_bias\.weight"
+PUBLISHED_SUMS = {"llama-7b-gist": 50547.957, "llama-7b-pos_control": 50596.914, "llama-7b-neg_control": 50503.879}
+
+
+def hf_name(name: str, config: LlamaConfig | T5Config) -> str:
+    """Hugging Face's name of a parameter of ours."""
+    layer = re.search(r"layers\.(\d+)\.", name)
+    key = re.sub(r"layers\.\d+\.", "layers.N.", name.removesuffix(".weight"))
+    other = (LLAMA_NAMES if isinstance(config, LlamaConfig) else T5_NAMES)[key] + ".weight"
+    if isinstance(config, T5Config) and not config.gated:
+        other = other.replace("wi_0", "wi")
+    return other.replace(".N.", f".{layer[1]}.") if layer else other
+
+
+def embedding(model: Llama | T5) -> nn.Embedding:
+    return model.tok_embeddings if isinstance(model, Llama) else model.embedding
+
+
+def one_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
+# ---- Reading files that others wrote ----
+
+def read_json(file: Path) -> dict:
+    """A JSON object. Raises DataError."""
+    try:
+        if not file.is_file() or file.stat().st_size > 1e8:
+            raise ValueError("missing, or over 100 MB")
+        content = json.loads(file.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        return content
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{file}: cannot be read ({one_line(error)}); download it again") from None
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, mapped: 8 bytes with the length of a JSON header, the header, the tensors' bytes.
+
+    The tensors have to cover the bytes exactly, without gap or overlap. Raises DataError.
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if not 2 <= length <= min(size - 8, 100_000_000):
+            raise DataError(f"{file}: truncated, or not a safetensors file (a header of {length} bytes in {size}); download it again")
+        try:
+            header = json.loads(f.read(length))
+            header.pop("__metadata__", None)
+            entries = sorted((*entry["data_offsets"], name, entry["dtype"], entry["shape"]) for name, entry in header.items())
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise DataError(f"{file}: broken header ({one_line(error)}); download it again") from None
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)          # private: what is changed in memory stays there
+    tensors, end = {}, 0
+    for start, stop, name, dtype, shape in entries:
+        if dtype not in DTYPES:
+            raise DataError(f"{file}: tensor {name} has the dtype {dtype}; only {', '.join(DTYPES)} are read")
+        if not all(type(n) is int and n > 0 for n in shape) or start != end or stop - start != math.prod(shape) * DTYPES[dtype].itemsize \
+                or 8 + length + stop > size:
+            raise DataError(f"{file}: tensor {name} has the bytes {start} to {stop}, which its shape {shape}, its neighbours or the file's end "
+                            "do not allow; download it again")
+        tensors[name] = torch.frombuffer(data, dtype=DTYPES[dtype], count=math.prod(shape), offset=8 + length + start).view(shape)
+        end = stop
+    if 8 + length + end != size:
+        raise DataError(f"{file}: {size - 8 - length - end} bytes after the last tensor; download it again")
+    return tensors
+
+
+def read_pickle(file: Path) -> dict[str, Tensor]:
+    """The tensors of a PyTorch file, mapped. Only tensors are unpickled, never code. Raises DataError."""
+    if not zipfile.is_zipfile(file):
+        raise DataError(f"{file}: truncated, or not a PyTorch zip file (other pickles can run code); get the safetensors file instead")
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise DataError(f"{file}: holds something else than tensors, which could run code: not opened; get the safetensors file instead") from None
+    except Exception as error:       # a broken pickle can raise anything
+        raise DataError(f"{file}: broken ({one_line(error)}); download it again") from None
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) and t.layout is torch.strided for t in tensors.values()):
+        raise DataError(f"{file}: not a dictionary of tensors; give a checkpoint that holds nothing else")
+    return {name: t.detach() for name, t in tensors.items()}
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a directory in Hugging Face's layout, by the names in the files. Raises DataError."""
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise DataError(f"{folder}: no weights; expected one of {', '.join(names)}")
+    files = [found]
+    if found.suffix == ".json":
+        shards = read_json(found).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(s, str) and s == Path(s).name for s in shards.values()):
+            raise DataError(f"{found}: its weight_map does not name files of this directory; download it again")
+        files = [folder / shard for shard in sorted(set(shards.values()))]
+    weights = {}
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"{file}: missing, though {found.name} names it; download it")
+        tensors = read_safetensors(file) if ".safetensors" in found.name else read_pickle(file)
+        if twice := weights.keys() & tensors.keys():
+            raise DataError(f"{file}: tensor {min(twice)} is in another file, too; download the checkpoint again")
+        weights |= tensors
+    return weights
+
+
+# ---- The shape of a model, as others write it down ----
+
+def whole(raw: dict, key: str, default: int | None = None) -> int:
+    """A positive whole number of a config.json. Raises ValueError."""
+    value = default if raw.get(key) is None else raw[key]
+    if type(value) is not int or value <= 0:
+        raise ValueError(f"{key} is {value}, expected a positive whole number")
+    return value
+
+
+def llama_config(raw: dict) -> LlamaConfig:
+    """From a config.json of any age: `rope_theta` and `rope_scaling`, or `rope_parameters`. Raises ValueError, KeyError, TypeError."""
+    heads, width = whole(raw, "num_attention_heads"), whole(raw, "hidden_size")
+    rope = {"rope_theta": raw.get("rope_theta", 10_000.0), **(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"rotary scaling of type {kind} is not supported; default and llama3 are")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act is {raw['hidden_act']}; only silu is supported")
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return LlamaConfig(
+        vocab_size=whole(raw, "vocab_size"), d_model=width, n_layers=whole(raw, "num_hidden_layers"), n_heads=heads,
+        n_kv_heads=whole(raw, "num_key_value_heads", heads), head_dim=whole(raw, "head_dim", width // heads),
+        d_ff=whole(raw, "intermediate_size"), rope_theta=float(rope["rope_theta"]),
+        rope_scaling={key: float(rope[key]) for key in keys} if kind == "llama3" else None,
+        norm_eps=float(raw.get("rms_norm_eps", 1e-6)), tie_embeddings=raw.get("tie_word_embeddings") is True)
+
+
+def t5_config(raw: dict) -> T5Config:
+    """From a config.json of any age: newer ones say `scale_decoder_outputs` where older ones meant `tie_word_embeddings`. Raises ValueError."""
+    kind = raw.get("feed_forward_proj", "relu")
+    if kind not in ("relu", "gated-gelu"):
+        raise ValueError(f"feed_forward_proj is {kind}; only relu and gated-gelu are supported")
+    layers = whole(raw, "num_layers")
+    return T5Config(
+        vocab_size=whole(raw, "vocab_size"), d_model=whole(raw, "d_model"), n_layers=layers, n_decoder_layers=whole(raw, "num_decoder_layers", layers),
+        n_heads=whole(raw, "num_heads"), head_dim=whole(raw, "d_kv"), d_ff=whole(raw, "d_ff"), n_buckets=whole(raw, "relative_attention_num_buckets", 32),
+        max_distance=whole(raw, "relative_attention_max_distance", 128), gated=kind == "gated-gelu",
+        tie_embeddings=raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings")) is not False,
+        norm_eps=float(raw.get("layer_norm_epsilon", 1e-6)), start_id=raw.get("decoder_start_token_id") or 0)
+
+
+def meta_config(raw: dict, shards: list[dict[str, Tensor]]) -> LlamaConfig:
+    """From Meta's params.json, which leaves some of the widths to the tensors. Raises ValueError, KeyError."""
+    heads, width = whole(raw, "n_heads"), whole(raw, "dim")
+    stretch = dict(factor=float(raw.get("rope_scaling_factor", 8)), low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192.0)
+    return LlamaConfig(
+        vocab_size=sum(len(s["output.weight"]) for s in shards), d_model=width, n_layers=whole(raw, "n_layers"), n_heads=heads,
+        n_kv_heads=whole(raw, "n_kv_heads", heads), head_dim=width // heads, d_ff=sum(len(s["layers.0.feed_forward.w1.weight"]) for s in shards),
+        rope_theta=float(raw.get("rope_theta", 10_000.0)), rope_scaling=stretch if raw.get("use_scaled_rope") else None, norm_eps=float(raw["norm_eps"]),
+        tie_embeddings=False)
+
+
+def hf_config(c: LlamaConfig | T5Config, dtype: torch.dtype, tokenizer=None) -> dict:
+    """The config.json of a model, such that older and newer versions of `transformers` read it."""
+    raw = {"vocab_size": c.vocab_size, "tie_word_embeddings": c.tie_embeddings, "torch_dtype": str(dtype).removeprefix("torch.")}
+    if tokenizer is not None:
+        raw |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    if isinstance(c, T5Config):
+        return raw | {
+            "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True, "d_model": c.d_model, "d_kv": c.head_dim,
+            "d_ff": c.d_ff, "num_layers": c.n_layers, "num_decoder_layers": c.n_decoder_layers, "num_heads": c.n_heads,
+            "relative_attention_num_buckets": c.n_buckets, "relative_attention_max_distance": c.max_distance,
+            "feed_forward_proj": "gated-gelu" if c.gated else "relu", "layer_norm_epsilon": c.norm_eps, "decoder_start_token_id": c.start_id}
+    return raw | {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": c.d_model, "intermediate_size": c.d_ff,
+        "num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads, "num_key_value_heads": c.n_kv_heads, "head_dim": c.head_dim,
+        "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling and {"rope_type": "llama3", **c.rope_scaling}}
+
+
+# ---- Loading ----
+
+class EmptyModel(TorchFunctionMode):
+    """Modules made under it have shapes but neither memory nor first random weights."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs.get("tensor", args[0] if args else None)
+        return function(*args, **kwargs)
+
+
+@dataclass
+class Checkpoint:
+    """A directory's weights, found and checked, but not read yet.
+
+    model: on the meta device; parts: for every parameter of the model, the tensors that make it up; ignored: names in the files.
+    """
+    model: Llama | T5
+    parts: dict[str, list[Tensor]]
+    ignored: list[str]
+    interleaved: bool
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter's value. Parts are joined along the axis in which they are smaller; Meta's rotary pairs become halves."""
+        parts, shape = self.parts[name], self.model.get_parameter(name).shape
+        axis = next((i for i, n in enumerate(shape) if parts[0].shape[i] != n), None)
+        weight = parts[0] if axis is None else torch.cat(parts, dim=axis)
+        if self.interleaved and name.endswith(("wq.weight", "wk.weight")):
+            weight = weight.view(-1, self.model.config.head_dim // 2, 2, shape[1]).transpose(1, 2).reshape(shape)
+        return weight
+
+    def release(self, name: str) -> None:
+        """Drop a parameter's file pages from memory, for it was copied; if they are needed again, they are read again."""
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        for part in filter(Tensor.is_contiguous, self.parts[name]):
+            start = -(-part.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+            length = part.data_ptr() + part.nbytes - start
+            if length > 0:
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length // mmap.PAGESIZE * mmap.PAGESIZE), mmap.MADV_DONTNEED)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Find out what a directory holds, and check that every tensor of the model is there, in its shape, and no other. Raises DataError."""
+    file, raw, meta = folder / "config.json", read_config(folder), not (folder / "config.json").is_file()
+    if meta:
+        file, shards = folder / "params.json", [read_pickle(f) for f in sorted(folder.glob("consolidated.*.pth"))]
+        if not shards:
+            raise DataError(f"{folder}: no weights; expected consolidated.00.pth beside params.json")
+        names = {name for shard in shards for name in shard}
+        if lost := [name for name in sorted(names) for shard in shards if name not in shard]:
+            raise DataError(f"{folder}: tensor {lost[0]} is missing from one of the consolidated files; download them again")
+        found = {name: [shard[name] for shard in shards] for name in names}
+    else:
+        if raw.get("model_type") not in ("llama", "t5"):
+            raise DataError(f"{file}: the model_type {raw.get('model_type')} is not supported; llama and t5 are")
+        found = {name: [weight] for name, weight in read_weights(folder).items()}
+    try:
+        config = meta_config(raw, shards) if meta else llama_config(raw) if raw["model_type"] == "llama" else t5_config(raw)
+        if config.n_layers + getattr(config, "n_decoder_layers", 0) > len(found):
+            raise ValueError(f"it asks for more layers than the {len(found)} tensors of the weights")
+        with torch.device("meta"), EmptyModel():
+            model = Llama(config) if isinstance(config, LlamaConfig) else T5(config)
+    except (ValueError, KeyError, TypeError, RuntimeError, OverflowError, ZeroDivisionError) as error:
+        raise DataError(f"{file}: {one_line(error)}") from None
+    parts = claim(found, model, folder, meta)
+    return Checkpoint(model, parts, sorted(found), meta)
+
+
+def claim(found: dict[str, list[Tensor]], model: Llama | T5, folder: Path, meta: bool) -> dict[str, list[Tensor]]:
+    """Take the tensors of the model's parameters out of `found`; what is left is what may be ignored. Raises DataError."""
+    parts = {}
+    if isinstance(model, T5) and not model.config.tie_embeddings and "shared.weight" in found:
+        found.setdefault("lm_head.weight", [found["shared.weight"][0].clone()])     # no head of its own, but no scaling either
+    for name, weight in model.named_parameters():
+        theirs = name if meta else hf_name(name, model.config)
+        if theirs not in found:
+            raise DataError(f"{folder}: tensor {theirs} is missing from the weights; download them again")
+        parts[name] = found.pop(theirs)
+        if not fits([list(p.shape) for p in parts[name]], list(weight.shape)) or not all(p.dtype in DTYPES.values() for p in parts[name]):
+            raise DataError(f"{folder}: tensor {theirs} is {' + '.join(f'{p.dtype} {list(p.shape)}' for p in parts[name])}, but the configuration "
+                            f"asks for {list(weight.shape)}; use the config.json or params.json that belongs to the weights")
+    head = found.pop("lm_head.weight", None) if model.config.tie_embeddings else None
+    if head is not None and not torch.equal(head[0], next(iter(parts.values()))[0]):
+        raise DataError(f"{folder}: the configuration ties the output head to the embedding, but lm_head.weight is another tensor")
+    if odd := [name for name in sorted(found) if not re.fullmatch(IGNORED, name)]:
+        raise DataError(f"{folder}: tensor {odd[0]} has no place in the model ({len(odd)} such in all); only plain LLaMA and T5 are supported")
+    return parts
+
+
+def fits(parts: list[list[int]], shape: list[int]) -> bool:
+    """Are these the shapes of copies of a tensor of this shape, or of its parts along one axis?"""
+    if all(p == shape for p in parts):
+        return True
+    return any(all(len(p) == len(shape) and p[:i] + p[i + 1:] == shape[:i] + shape[i + 1:] for p in parts)
+               and sum(p[i] for p in parts) == shape[i] for i in range(len(shape)))
+
+
+def read_config(path: str | Path) -> dict:
+    """The raw config.json (Meta: params.json) of a checkpoint. Runs of ours have the key "gisting". Raises DataError."""
+    folder = Path(path)
+    if not folder.is_dir():
+        name = path if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) else "HuggingFaceTB/SmolLM2-135M"
+        raise DataError(f"{path}: no such directory; download a checkpoint with: hf download {name} --local-dir DIR")
+    file = next((folder / name for name in ("config.json", "params.json") if (folder / name).is_file()), None)
+    if file is None:
+        raise DataError(f"{path}: not a checkpoint, it has neither config.json nor params.json")
+    return read_json(file)
+
+
+@torch.no_grad()
+def load_model(path: str | Path, base: str | Path | None = None, dtype: torch.dtype | None = None,
+               device: str = "cpu") -> tuple[Llama | T5, SentencePieceTokenizer | BPETokenizer | None]:
+    """Read a checkpoint of any layout. Returns the model and its tokenizer, None if the directory has none.
+
+    path: a directory; base: the original model's, if `path` holds differences from it; dtype: what the weights become, by default
+    what the embedding is in the file. Weights that need no conversion stay mapped from the file. Raises DataError.
+    """
+    source = open_checkpoint(Path(path))
+    origin = open_base(Path(base), source, path) if base is not None else None
+    model, config = source.model, source.model.config
+    if isinstance(model, Llama) and (source.tensor("norm.weight").float().abs().mean() < 0.05) != (origin is not None):
+        raise DataError(f"{path}: the weights are differences; name the original LLaMA with --base DIR" if origin is None
+                        else f"{path}: the weights are no differences; leave --base out")
+    dtype = dtype or next(iter(source.parts.values()))[0].dtype
+    weights, total = {}, 0.0
+    for name, _ in model.named_parameters():
+        weight = source.tensor(name)
+        if origin is not None:
+            weight = weight.float()
+            original = origin.tensor(name).float()
+            weight[:len(original)] += original
+            total += weight.sum().item()
+            origin.release(name)
+        weights[name] = weight.to(device, dtype).contiguous()
+        if weights[name].data_ptr() != source.parts[name][0].data_ptr():
+            source.release(name)
+    if origin is not None:
+        total += sum(rope_frequencies(config).sum().item() for name in source.ignored if "inv_freq" in name)
+        check_sum(path, total)
+    model.load_state_dict(weights, strict=False, assign=True)
+    if config.tie_embeddings:
+        model.output.weight = embedding(model).weight
+    tokenizer = load_tokenizer(Path(path)) or (load_tokenizer(Path(base)) if base is not None else None)
+    if tokenizer is not None and tokenizer.gist_id > config.vocab_size:
+        raise DataError(f"{path}: the tokenizer has {tokenizer.gist_id} tokens, but the model only {config.vocab_size}; use the tokenizer that belongs to it")
+    return model, tokenizer
+
+
+def open_base(folder: Path, source: Checkpoint, path: str | Path) -> Checkpoint:
+    """The original of weights that are differences: the same shapes, perhaps with fewer rows of tokens. Raises DataError."""
+    origin = open_checkpoint(folder)
+    shapes = [{name: p.shape[1:] if len(p) == c.model.config.vocab_size else p.shape for name, p in c.model.named_parameters()} for c in (source, origin)]
+    if shapes[0] != shapes[1] or origin.model.config.vocab_size > source.model.config.vocab_size:
+        raise DataError(f"{folder}: not the model that {path} has the differences from; its shapes are others")
+    return origin
+
+
+def check_sum(path: str | Path, total: float) -> None:
+    """Compare with the published sum of all weights, if the directory's name is that of a published checkpoint. Raises DataError."""
+    for name, published in PUBLISHED_SUMS.items():
+        if name in Path(path).resolve().name and abs(total - published) > 0.5:
+            raise DataError(f"{path}: the recovered weights sum up to {total:.3f}, published is {published}; download the differences and the base again")
+
+
+@torch.no_grad()
+def add_gist_token(model: Llama | T5, tokenizer: SentencePieceTokenizer | BPETokenizer) -> None:
+    """Give a stock model a row for the gist token, the mean of the tokenizer's other rows, in the embedding and the output head.
+
+    A model with too few rows grows; one with spare rows (FLAN-T5 has 28) keeps its shape.
+    """
+    gist_id, tables = tokenizer.gist_id, [embedding(model)] + [model.output] * (not model.config.tie_embeddings)
+    for table in tables:
+        mean = table.weight[:gist_id].mean(dim=0, dtype=torch.float32).to(table.weight.dtype)
+        if len(table.weight) <= gist_id:
+            table.weight = nn.Parameter(torch.cat([table.weight, mean.expand(gist_id + 1 - len(table.weight), -1)]))
+        table.weight[gist_id] = mean
+    rows = embedding(model).num_embeddings = model.output.out_features = len(tables[0].weight)
+    model.config = replace(model.config, vocab_size=rows)
+    if model.config.tie_embeddings:
+        model.output.weight = embedding(model).weight
+
+
+# ---- Saving ----
+
+def save_model(path: str | Path, model: Llama | T5, tokenizer: SentencePieceTokenizer | BPETokenizer | None = None, extra: dict | None = None) -> None:
+    """Write a checkpoint in Hugging Face's layout; `extra` goes into config.json as "gisting". A file is replaced when it is whole."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    names = {value: key for key, value in DTYPES.items()}
+    for name, weight in model.named_parameters():
+        header[hf_name(name, model.config)] = {"dtype": names[weight.dtype], "shape": list(weight.shape), "data_offsets": [end, end + weight.nbytes]}
+        end += weight.nbytes
+    head = json.dumps(header).encode()
+    head += b" " * (-(8 + len(head)) % 64)                                # the data begins at a multiple of 64 bytes
+    data = (weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for weight in model.parameters())
+    config = hf_config(model.config, embedding(model).weight.dtype, tokenizer) | ({} if extra is None else {"gisting": extra})
+    write_file(folder / "model.safetensors", chain([len(head).to_bytes(8, "little"), head], data))
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    write_file(folder / "config.json", json.dumps(config, indent=2).encode())
+
+
+def write_file(file: Path, content: bytes | Iterable[bytes]) -> None:
+    """Write a file under a temporary name, flush it to the disk, and rename it: there is never half a file."""
+    temporary = file.with_name(file.name + ".tmp")
+    with open(temporary, "wb") as f:
+        f.writelines([content] if isinstance(content, bytes) else content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, file)
+
+
+def save_state(file: Path, state: dict) -> None:
+    """Write what `torch.load(file, weights_only=True)` reads again: tensors, numbers, strings, and dicts and lists of them."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_file(file, buffer.getvalue())
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main function; bad input ends it with one line and exit status 2."""
+    try:
+        main()
+    except DataError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)

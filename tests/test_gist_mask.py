@@ -1,0 +1,89 @@
+"""The masks against a slow loop written from the rule in words."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gist_mask import CONDITIONS, cross_mask, decoder_mask, encoder_mask, positions, segments
+
+GIST, PAD = 9, 0
+
+
+def ragged_batch(n_gist, seed, prompt_only=False):
+    """Random rows with padding on either side or both: (tokens, valid)."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))
+    rows = []
+    for _ in range(4):
+        prompt, after = draw(1, 6), 0 if prompt_only else draw(1, 6)
+        words = torch.randint(1, 9, (prompt + after,), generator=generator).tolist()
+        rows.append(words[:prompt] + [GIST] * (n_gist if draw(0, 5) else 0) + words[prompt:])     # one row in five has no gist
+    T = max(map(len, rows)) + 2
+    tokens, valid = torch.full((4, T), PAD), torch.zeros(4, T, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        left = draw(0, T - len(row) + 1)
+        tokens[i, left:left + len(row)] = torch.tensor(row)
+        valid[i, left:left + len(row)] = True
+    return tokens, valid
+
+
+def may_attend(row, valid, q, k, condition, decoder):
+    """The rule in words. Prompt: before the first gist token; input: after the last one. No gist token, no gist rule."""
+    if q == k:                                               # everyone sees itself, padding too
+        return True
+    if not valid[k] or (decoder and k > q):
+        return False
+    where = [i for i, token in enumerate(row) if token == GIST]
+    if not where or condition == "pos_control":
+        return True
+    query_is_input, key_is_input = q > where[-1], k > where[-1]
+    if not query_is_input:
+        return not key_is_input                              # neither prompt nor gist sees what follows
+    if condition == "gist":
+        return k >= where[0]                                 # the input sees gist and input
+    return key_is_input                                      # neg_control: the input sees only the input
+
+
+@pytest.mark.parametrize("n_gist", [0, 1, 2, 5, 10])
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("prompt_only", [False, True])
+def test_masks_are_those_of_the_rule_in_words(n_gist, condition, prompt_only):
+    for seed in range(10):
+        tokens, valid = ragged_batch(n_gist, seed, prompt_only)
+        B, T = tokens.shape
+        rows = tokens.tolist()
+        for make, decoder in ((decoder_mask, True), (encoder_mask, False)):
+            mask = make(tokens, GIST, condition, valid)
+            assert mask.shape == (B, 1, T, T) and mask.dtype == torch.bool
+            expected = [[[may_attend(rows[b], valid[b], q, k, condition, decoder) for k in range(T)] for q in range(T)] for b in range(B)]
+            assert torch.equal(mask[:, 0], torch.tensor(expected))
+            assert mask.any(dim=-1).all()                    # no softmax over nothing
+        # Cross-attention sees what a token after the last column would see: an input token, in every row.
+        longer = torch.cat([tokens, torch.ones(B, 1, dtype=torch.int64)], dim=1)
+        seen = encoder_mask(longer, GIST, condition, torch.cat([valid, torch.ones(B, 1, dtype=torch.bool)], dim=1))[:, :, -1:, :-1]
+        assert torch.equal(cross_mask(tokens, GIST, condition, valid), seen)
+
+
+@pytest.mark.parametrize("n_gist", [0, 1, 2, 5, 10])
+def test_without_padding_valid_changes_nothing(n_gist):
+    tokens = torch.tensor([[3, 4] + [GIST] * n_gist + [5, 6, 7]])
+    for make in (decoder_mask, encoder_mask, cross_mask):
+        assert torch.equal(make(tokens, GIST), make(tokens, GIST, valid=torch.ones_like(tokens, dtype=torch.bool)))
+
+
+def test_segments_and_positions_of_an_example():
+    tokens = torch.tensor([[3, 4, GIST, GIST, 5, 6], [3, GIST, GIST, 5, 6, 7], [3, 4, 5, 6, 7, 8]])
+    assert segments(tokens, GIST).tolist() == [[0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 2, 2], [2] * 6]
+    assert positions(tokens, GIST).tolist() == [[-2, -1, 0, 1, 2, 3], [-1, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]]
+
+
+def test_the_command_prints_and_draws_the_masks(tmp_path):
+    script = Path(__file__).parent.parent / "gist_mask.py"
+    picture = tmp_path / "masks.png"
+    done = subprocess.run([sys.executable, script, "--n_gist", "2", "--out", picture], capture_output=True, text=True)
+    assert done.returncode == 0 and all(condition in done.stdout for condition in CONDITIONS)
+    assert picture.read_bytes().startswith(b"\x89PNG") and list(tmp_path.iterdir()) == [picture]
+    done = subprocess.run([sys.executable, script, "--n_gist", "-1"], capture_output=True, text=True)
+    assert done.returncode == 2 and "--n_gist" in done.stderr

@@ -1,0 +1,170 @@
+"""The main job end to end, small: train, evaluate, resume, and every mistake that a user can make."""
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import train
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--d_model", "16", "--n_layers", "2", "--n_heads", "2", "--batch_size", "4", "--vocab_size", "400", "--device", "cpu"]
+
+
+def command(script, *args, cwd=ROOT):
+    return subprocess.run([sys.executable, ROOT / script, *map(str, args)], capture_output=True, text=True, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small data set in the Alpaca+ layout, without a seen split."""
+    folder = tmp_path_factory.mktemp("data")
+    records = data.builtin(60, 6)
+    (folder / "a_train.json").write_text("\n".join(json.dumps(r) for r in records["train"]))
+    (folder / "a_validation_unseen.json").write_text(json.dumps(records["unseen"]))
+    (folder / "a_validation_human.json").write_text(json.dumps(records["human"][:3]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "gist-2"
+    done = command("train.py", *SMALL, "--data", folder, "--out_dir", out, "--n_gist", 2, "--max_steps", 6, "--save_every", 4)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_a_run_leaves_all_its_files_and_a_table(run):
+    out, done = run
+    names = {"config.json", "model.safetensors", "tokenizer.model", "train_log.jsonl", "loss.png", "train_state.pt", "metrics.json",
+             "outputs-unseen.csv", "outputs-human.csv"}
+    assert {f.name for f in out.iterdir()} == names
+    assert len((out / "train_log.jsonl").read_text().splitlines()) == 6
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert (metrics["condition"], metrics["n_gist"], metrics["arch"], metrics["steps"]) == ("gist", 2, "llama", 6)
+    assert metrics["unseen"]["n"] == 6 and metrics["human"]["n"] == 3 and "seen" not in metrics
+    assert all(0 <= metrics["unseen"][m] <= 1 for m in ("exact_match", "rouge1", "rouge2", "rougeL")) and metrics["unseen"]["loss"] > 0
+    assert "exact match" in done.stdout and "unseen" in done.stdout
+
+
+def test_the_same_seed_gives_the_same_weights_and_a_resumed_run_too(run, folder, tmp_path):
+    out, _ = run
+    flags = [*SMALL, "--data", folder, "--out_dir", tmp_path / "again", "--n_gist", 2, "--save_every", 4, "--no_eval"]
+    assert command("train.py", *flags, "--max_steps", 6).returncode == 0
+    weights = (out / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == weights
+    state = torch.load(tmp_path / "again" / "train_state.pt", weights_only=True)
+    assert state["step"] == 6
+
+
+def test_a_run_cut_short_is_resumed_to_the_same_weights(run, folder, tmp_path, monkeypatch):
+    """Stopped after step 5 of 6, one past its checkpoint."""
+    out, _ = run
+    flags = [*SMALL, "--data", str(folder), "--out_dir", str(tmp_path / "cut"), "--n_gist", "2", "--save_every", "4", "--max_steps", "6", "--no_eval"]
+    calls, loss = [], train.batch_loss
+
+    def fail_at_step_6(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return loss(*args)
+
+    monkeypatch.setattr(train, "batch_loss", fail_at_step_6)
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    with pytest.raises(KeyboardInterrupt):
+        train.main()
+    assert len((tmp_path / "cut" / "train_log.jsonl").read_text().splitlines()) == 5
+    assert command("train.py", *flags, "--resume").returncode == 0
+    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    log = lambda folder: [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    assert log(tmp_path / "cut") == log(out)
+
+
+def test_outputs_files_hold_the_questions_and_references(run, folder):
+    out, _ = run
+    with open(out / "outputs-human.csv", newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    for row, r in zip(rows, data.load_instructions(str(folder))["human"], strict=True):
+        assert row["x"] == f"Instruction: {r['instruction']}\nInput: {r['input']}" and row["y_true"] == r["output"]
+
+
+def test_run_and_score_agree(run, folder):
+    out, done = run
+    again = command("eval.py", "run", out)
+    assert again.returncode == 0 and again.stdout == done.stdout[done.stdout.index(" " * len(str(out))):]
+    scored = command("eval.py", "score", out / "outputs-unseen.csv")
+    metrics = json.loads((out / "metrics.json").read_text())["unseen"]
+    assert f"{100 * metrics['rougeL']:7.3f}" in scored.stdout
+
+
+@pytest.mark.parametrize("condition", ["gist", "pos_control", "neg_control"])
+def test_answers_are_those_of_a_whole_pass_under_the_conditions_mask(run, folder, condition):
+    """The evaluation reads each part by itself; the mask is what training saw."""
+    import gist_mask
+    model, tokenizer = data.load_model(run[0])
+    examples, _ = data.make_examples(data.load_instructions(str(folder))["unseen"], tokenizer, 2)
+    tokens, valid = data.pad([e.prompt + e.input for e in examples], tokenizer.pad_id)
+    mask = gist_mask.decoder_mask(tokens, tokenizer.gist_id, condition, valid)
+    there = gist_mask.positions(tokens, tokenizer.gist_id)
+    expected = model.generate(tokens, valid, mask, there, max_new_tokens=8, eos_id=tokenizer.eos_id)
+    assert evaluation.answer(model, tokenizer, examples, condition, 2, 8) == [tokenizer.decode(ids).strip() for ids in expected]
+
+
+def test_orthogonalize_moves_singular_values_close_to_one():
+    for shape in ((3, 16, 16), (2, 8, 24), (24, 8)):
+        values = torch.linalg.svdvals(train.orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+        assert 0.3 < values.min() and values.max() < 1.3
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(folder, tmp_path, monkeypatch, capsys):
+    calls, loss = [], train.batch_loss
+    monkeypatch.setattr(train, "batch_loss", lambda *args: calls.append(1) or loss(*args) * (float("nan") if len(calls) > 5 else 1))
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--data", str(folder), "--out_dir", str(tmp_path / "nan"), "--save_every", "2"])
+    with pytest.raises(SystemExit) as stop:
+        data.run(train.main)
+    assert stop.value.code == 2 and "nan at step 6" in capsys.readouterr().err
+    assert torch.load(tmp_path / "nan" / "train_state.pt", weights_only=True)["step"] == 4
+    model, _ = data.load_model(tmp_path / "nan")
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("script, args, says", [
+    ("train.py", ["--data", "nowhere"], "nowhere: no such data directory"),
+    ("train.py", ["--n_gist", "-1"], "--n_gist"),
+    ("train.py", ["--max_length", "3", "--out_dir", "x"], "--max_length"),
+    ("train.py", ["--d_model", "30"], "--d_model"),
+    ("train.py", ["--device", "abacus"], "abacus"),
+    ("train.py", ["--resume", "--out_dir", "x"], "nothing to resume"),
+    ("train.py", ["--init_from", "nowhere", "--out_dir", "x"], "nowhere: no such directory"),
+    ("eval.py", ["run", "nowhere"], "nowhere: no such directory"),
+    ("eval.py", ["score", "nowhere.csv"], "nowhere.csv"),
+    ("eval.py", [], "usage"),
+])
+def test_bad_input_ends_in_one_line_and_status_2(script, args, says, folder, tmp_path):
+    if "--data" not in args and script == "train.py":
+        args = [*args, "--data", folder]
+    done = command(script, *args, cwd=tmp_path)
+    assert done.returncode == 2 and says in done.stderr.splitlines()[-1 if says != "usage" else 0] and "Traceback" not in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_out_dir_with_another_run_is_left_alone(run, folder, tmp_path):
+    out, _ = run
+    done = command("train.py", *SMALL, "--data", folder, "--out_dir", out)
+    assert done.returncode == 2 and "--resume" in done.stderr and "--overwrite" in done.stderr and len(done.stderr.splitlines()) == 1
+    (tmp_path / "thesis.txt").write_text("years of work")
+    done = command("train.py", *SMALL, "--data", folder, "--out_dir", tmp_path, "--overwrite")
+    assert done.returncode == 2 and (tmp_path / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("content, says", [("x,y_true\na,b\n", "no column y_pred"), ("x,y_pred,y_true\n", "no rows"), ("", "no column"),
+                                           ("x,y_pred,y_true\na,b\n", "too few columns")])
+def test_an_outputs_file_of_another_shape_is_refused(tmp_path, content, says):
+    (tmp_path / "o.csv").write_text(content)
+    done = command("eval.py", "score", tmp_path / "o.csv")
+    assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1

@@ -1,0 +1,331 @@
+"""Gist fine-tuning: ordinary instruction tuning, but for the attention mask.
+
+    python train.py --n_gist 1                             # from scratch on the built-in instructions, minutes on a CPU
+    python train.py --n_gist 1 --init_from DIR --data DIR  # from a pretrained model, on real instructions
+
+    loss = - sum log p(output token | what the mask lets it see) / number of output tokens          (the paper's section 3)
+
+The gist tokens get no loss of their own: they learn to hold the prompt because the output cannot look past them. The two
+controls of the paper train the same way with other masks: `pos_control` sees the whole prompt, `neg_control` none of it.
+
+A run leaves its checkpoint (Hugging Face layout), train_log.jsonl, loss.png and train_state.pt (for --resume) in --out_dir;
+then eval.py answers every validation split.
+"""
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from itertools import count
+from pathlib import Path
+from typing import Callable, Iterator
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # footgun: on a busy machine, threads that spin while they wait train ten times slower
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import gist_mask
+from model import IGNORE, Llama, LlamaConfig
+
+
+# ---- Loss ----
+
+def batch_loss(model, batch: dict[str, Tensor], gist_id: int, condition: str) -> Tensor:
+    """The cross-entropy of a batch (see `data.collate`), in nats, summed over its labels."""
+    tokens, valid = batch["tokens"], batch["valid"]
+    mask = gist_mask.decoder_mask(tokens, gist_id, condition, valid)
+    return model.loss(tokens, batch["targets"], mask, gist_mask.positions(tokens, gist_id))
+
+
+# ---- Optimizer ----
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: every weight matrix moves by the nearest (semi-)orthogonal matrix to its momentum.
+
+    All directions of the update get the same size, also those whose gradients are small, and a tiny model learns the built-in
+    instructions in about half of AdamW's steps. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon. In fp32, as bf16 is
+    emulated on many CPUs. For matrices inside the layers only; embeddings, head and norms belong to AdamW.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, params in by_shape.items():                        # matrices of a shape go together, in one batch
+                updates = []
+                for p in params:
+                    m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    m.mul_(group["momentum"]).add_(p.grad)
+                    updates.append(p.grad + group["momentum"] * m)        # Nesterov's look ahead
+                scale = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
+                torch._foreach_add_(params, list(orthogonalize(torch.stack(updates)).unbind()), alpha=-scale)
+
+
+def orthogonalize(x: Tensor) -> Tensor:
+    """Move all singular values of x (..., m, n) close to 1, by five Newton-Schulz steps x <- a x + b (xx')x + c (xx')^2 x."""
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    wide = x.shape[-2] <= x.shape[-1]
+    x = x if wide else x.mT
+    for _ in range(5):
+        xx = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * xx + 2.0315 * xx @ xx) @ x
+    return x if wide else x.mT
+
+
+def make_optimizers(model, args) -> list[torch.optim.Optimizer]:
+    """AdamW for all weights; or, with --optimizer muon, Muon for the layers' matrices and AdamW for the others."""
+    layers = [p for name, p in model.named_parameters() if "layers." in name and p.ndim == 2] if args.optimizer == "muon" else []
+    inner = {id(p) for p in layers}
+    others = [p for p in model.parameters() if id(p) not in inner]
+    adamw = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    return [adamw, Muon(layers, lr=args.muon_lr)] if layers else [adamw]
+
+
+def lr_factor(step: int, args) -> float:
+    """What part of the peak learning rate to use at a step: linear warm-up, then the chosen schedule."""
+    warmup = max(1, round(args.warmup * args.max_steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, args.max_steps - warmup)
+    if args.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    if args.schedule == "linear":                      # flat, then straight down to 0 over the last part
+        return min(1.0, (1 - done) / args.decay)
+    return 1.0
+
+
+# ---- One run ----
+
+def steps(examples: list[data.Example], batch_size: int, seed: int, start: int) -> Iterator[list[int]]:
+    """Batches of indices, epoch after epoch, from step `start` on: the same batches, however often a run was resumed."""
+    lengths = [len(e) for e in examples]
+    per_epoch = math.ceil(len(lengths) / batch_size)
+    for epoch in count(start // per_epoch):
+        batches = data.batch_order(lengths, batch_size, seed=seed * 1_000_003 + epoch)
+        yield from batches[start % per_epoch if epoch == start // per_epoch else 0:]
+
+
+def train(model, examples: list[data.Example], tokenizer, args, save: Callable[[int], None], optimizers, start: int = 0) -> None:
+    """Train from step `start` to args.max_steps with a bar and a log. save(step) is called every args.save_every steps and at the end.
+
+    Raises data.DataError if the loss is no longer finite; the checkpoint saved last is then still good.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.setdefault("peak", group["lr"])
+    model.train()
+    began, tokens, smooth = time.perf_counter(), 0, None
+    bar = tqdm(total=args.max_steps, initial=start, desc="train", unit="step", mininterval=0.5)
+    with open(Path(args.out_dir) / "train_log.jsonl", "a", encoding="utf-8") as log, bar:
+        for step, rows in zip(range(start, args.max_steps), steps(examples, args.batch_size, args.seed, start)):
+            batch = {k: v.to(args.device) for k, v in data.collate([examples[i] for i in rows], tokenizer.pad_id, args.arch).items()}
+            with torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                loss = batch_loss(model, batch, tokenizer.gist_id, args.condition) / (batch["targets"] != IGNORE).sum()
+            if not torch.isfinite(loss):
+                raise data.DataError(f"the loss is {loss.item()} at step {step + 1}: stopped; try a smaller --lr. The last good checkpoint "
+                                     f"is in {args.out_dir}")
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * lr_factor(step, args)
+                optimizer.step()
+                optimizer.zero_grad()
+            tokens += int(batch["valid"].sum())
+            smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
+            log.write(json.dumps({"step": step + 1, "loss": loss.item(), "lr": optimizers[0].param_groups[0]["lr"],
+                                  "grad_norm": norm.item(), "tokens": int(batch["valid"].sum())}) + "\n")
+            bar.set_postfix(loss=f"{smooth:.3f}", tokens_s=f"{tokens / (time.perf_counter() - began):,.0f}", refresh=False)
+            bar.update()
+            if (step + 1) % args.save_every == 0 or step + 1 == args.max_steps:
+                log.flush()
+                save(step + 1)
+
+
+def draw_loss(out_dir: Path) -> None:
+    """Draw train_log.jsonl into loss.png: every step's loss, faint, and its running mean."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    log = [json.loads(line) for line in (out_dir / "train_log.jsonl").read_text().splitlines()]
+    if not log:
+        return
+    at, loss = [entry["step"] for entry in log], [entry["loss"] for entry in log]
+    smooth = loss[:1]
+    for value in loss[1:]:
+        smooth.append(0.98 * smooth[-1] + 0.02 * value)
+    figure, ax = plt.subplots(figsize=(6, 3.5), constrained_layout=True)
+    ax.plot(at, loss, color="tab:blue", alpha=0.25, linewidth=0.7, label="one batch")
+    ax.plot(at, smooth, color="tab:blue", label="running mean")
+    ax.set(xlabel="step", ylabel="loss (nats per output token)", title=out_dir.name, ylim=(0, None))
+    ax.legend(frameon=False)
+    figure.savefig(out_dir / "loss.tmp.png", dpi=120)
+    os.replace(out_dir / "loss.tmp.png", out_dir / "loss.png")
+
+
+# ---- The command ----
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a model to compress prompts into gist tokens, and evaluate it.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    method = parser.add_argument_group("the method")
+    method.add_argument("--n_gist", type=int, default=1, help="number of gist tokens after the prompt")
+    method.add_argument("--condition", choices=gist_mask.CONDITIONS, default="gist",
+                        help="what the input sees: only the gist, all of the prompt, or nothing of it")
+    source = parser.add_argument_group("what to train on and where to keep it")
+    source.add_argument("--data", default="builtin", help="'builtin', or a directory in the Alpaca+ layout")
+    source.add_argument("--out_dir", help="where the run is kept (default: out/CONDITION-N_GIST)")
+    source.add_argument("--init_from", metavar="DIR", help="start from this checkpoint instead of random weights")
+    source.add_argument("--max_length", type=int, default=512, help="longest example in tokens; what is over is cut at the right")
+    again = source.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on with the run in --out_dir; give the flags that it was started with")
+    again.add_argument("--overwrite", action="store_true", help="delete the run in --out_dir and start over")
+    shape = parser.add_argument_group("the model, if it starts from random weights")
+    shape.add_argument("--d_model", type=int, default=128, help="width")
+    shape.add_argument("--n_layers", type=int, default=4, help="depth")
+    shape.add_argument("--n_heads", type=int, default=8, help="attention heads")
+    shape.add_argument("--vocab_size", type=int, default=2048, help="largest size of the tokenizer trained on the data")
+    how = parser.add_argument_group("how to train")
+    how.add_argument("--max_steps", type=int, default=3000, help="training steps")
+    how.add_argument("--epochs", type=float, help="passes over the training data, instead of --max_steps")
+    how.add_argument("--batch_size", type=int, default=64, help="examples a step")
+    how.add_argument("--optimizer", choices=("muon", "adamw"), help="default: muon; adamw with --init_from")
+    how.add_argument("--lr", type=float, help="peak learning rate of AdamW; default: 3e-3; 2e-5 with --init_from")
+    how.add_argument("--muon_lr", type=float, default=0.015, help="peak learning rate of Muon")
+    how.add_argument("--weight_decay", type=float, default=0.0, help="of AdamW")
+    how.add_argument("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
+    how.add_argument("--warmup", type=float, default=0.03, help="fraction of the steps over which the learning rate rises")
+    how.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear", help="the learning rate after the warm-up")
+    how.add_argument("--decay", type=float, default=0.5, help="with --schedule linear: the fraction of the steps over which it falls to 0")
+    how.add_argument("--seed", type=int, default=0, help="of weights, data and order")
+    how.add_argument("--device", help="cuda, mps or cpu; default: the first of these that is there")
+    how.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the matrix multiplications; default: bfloat16 on cuda, else float32")
+    how.add_argument("--save_every", type=int, default=500, help="steps between checkpoints")
+    how.add_argument("--no_eval", action="store_true", help="do not evaluate at the end")
+    args = parser.parse_args()
+    for name in ("n_gist", "max_steps"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} must be 0 or more")
+    for name in ("batch_size", "max_length", "d_model", "n_layers", "n_heads", "vocab_size", "save_every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be 1 or more")
+    if args.d_model % (2 * args.n_heads):
+        parser.error("--d_model must be an even multiple of --n_heads")
+    return with_defaults(args)
+
+
+def find_device(name: str | None = None) -> str:
+    """The device to use: `name` if given and there, else cuda, mps or cpu. Raises data.DataError for one that is not there."""
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name and name.split(":")[0] not in here:
+        raise data.DataError(f"--device {name}: not on this machine, which has {', '.join(here)}")
+    return name or here[0]
+
+
+def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in what depends on other flags or on the machine."""
+    args.arch = "llama"
+    args.out_dir = args.out_dir or f"out/{args.condition}-{args.n_gist}"
+    args.device = find_device(args.device)
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    args.optimizer = args.optimizer or ("adamw" if args.init_from else "muon")
+    args.lr = args.lr or (2e-5 if args.init_from else 3e-3)
+    return args
+
+
+def check_out_dir(args: argparse.Namespace) -> dict | None:
+    """Is --out_dir free, or what the flags say it is? Returns the state to resume from, or None."""
+    out_dir = Path(args.out_dir)
+    if args.resume:
+        if not (out_dir / "train_state.pt").exists():
+            raise data.DataError(f"{out_dir}: has no train_state.pt, so there is nothing to resume; start without --resume")
+        return torch.load(out_dir / "train_state.pt", map_location=args.device, weights_only=True)
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        if not args.overwrite:
+            raise data.DataError(f"{out_dir} holds another run: go on with it (--resume), start over (--overwrite), or give another --out_dir")
+        if not (out_dir / "train_log.jsonl").exists():
+            raise data.DataError(f"{out_dir} holds no run of ours, so --overwrite would delete something else; give another --out_dir")
+    return None
+
+
+def open_out_dir(out_dir: Path, resumed_at: int | None) -> None:
+    """An empty directory for a new run; for a resumed one, the log up to the step it is resumed at."""
+    log = out_dir / "train_log.jsonl"
+    if resumed_at is not None:
+        data.write_file(log, b"".join(log.read_bytes().splitlines(keepends=True)[:resumed_at]))
+    else:
+        if out_dir.exists():
+            shutil.rmtree(out_dir)
+        out_dir.mkdir(parents=True)
+        log.touch()
+
+
+def make_model(args: argparse.Namespace, records: list[dict]):
+    """The model and the tokenizer: from --init_from, or new, the tokenizer trained on the training text."""
+    if args.init_from:
+        model, tokenizer = data.load_model(args.init_from, device=args.device)
+        if tokenizer is None:
+            raise data.DataError(f"{args.init_from}: has no tokenizer file; put the model's tokenizer.model or tokenizer.json there")
+        if "gisting" not in data.read_config(args.init_from):
+            data.add_gist_token(model, tokenizer)
+        return model.float(), tokenizer
+    tokenizer = data.train_tokenizer(records, args.vocab_size)
+    model = Llama(LlamaConfig(vocab_size=tokenizer.vocab_size, d_model=args.d_model, n_layers=args.n_layers, n_heads=args.n_heads,
+                              n_kv_heads=args.n_heads, head_dim=args.d_model // args.n_heads, d_ff=3 * args.d_model))
+    model.init_weights(torch.Generator().manual_seed(args.seed))
+    return model.to(args.device), tokenizer
+
+
+def main() -> None:
+    args = parse_args()
+    began = time.time()
+    state = check_out_dir(args)
+    records = data.load_instructions(args.data, args.seed)["train"]
+    model, tokenizer = make_model(args, records)
+    examples, skipped = data.make_examples(records, tokenizer, args.n_gist, args.arch, args.max_length)
+    if not examples:
+        raise data.DataError(f"{args.data}: all {skipped} training examples lose their output at --max_length {args.max_length}; raise it")
+    if args.epochs:
+        args.max_steps = math.ceil(args.epochs * math.ceil(len(examples) / args.batch_size))
+
+    lengths = [len(e) for e in examples]
+    padding = data.padding_share(lengths, data.batch_order(lengths, args.batch_size, args.seed))
+    print(f"{args.out_dir}: {args.condition}, {args.n_gist} gist tokens, {sum(p.numel() for p in model.parameters()):,} parameters on {args.device}")
+    print(f"{len(examples):,} training examples of {sum(lengths) / len(lengths):.1f} tokens; {skipped} skipped, their output was cut off; "
+          f"{padding:.1%} of a batch is padding", flush=True)
+
+    optimizers = make_optimizers(model, args)
+    out_dir = Path(args.out_dir)
+    open_out_dir(out_dir, state["step"] if state else None)
+    if state:
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+    before = state["seconds"] if state else 0.0
+
+    def save(step: int) -> None:
+        seconds = before + time.time() - began
+        data.save_state(out_dir / "train_state.pt", {"step": step, "seconds": seconds, "model": model.state_dict(),
+                                                     "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+        data.save_model(out_dir, model, tokenizer, extra={**vars(args), "steps": step, "seconds": round(seconds, 1)})
+        draw_loss(out_dir)
+
+    train(model, examples, tokenizer, args, save, optimizers, start=state["step"] if state else 0)
+    if not args.no_eval:
+        sys.exit(subprocess.call([sys.executable, str(Path(__file__).with_name("eval.py")), "run", args.out_dir, "--device", args.device]))
+
+
+if __name__ == "__main__":
+    data.run(main)
