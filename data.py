@@ -308,9 +308,12 @@ def make_examples(records: list[dict], tokenizer, n_gist: int, arch: str = "llam
     examples = []
     for record in records:
         e = layout(record, tokenizer, n_gist, arch)
-        e.input = e.input[:max(0, max_length - len(e.prompt))]
-        e.output = e.output[:max_target if arch == "t5" else max(0, max_length - len(e.prompt) - len(e.input))]
-        if e.output and len(e.prompt) <= max_length:
+        room = max(0, max_length - len(e.prompt))
+        if arch == "t5" and len(e.input) > room:
+            e.input = e.input[:max(0, room - 1)] + [tokenizer.eos_id]      # the source keeps its end
+        e.input = e.input[:room]
+        e.output = e.output[:max_target if arch == "t5" else room - len(e.input)]
+        if e.input and e.output:
             examples.append(e)
     return examples, len(records) - len(examples)
 
@@ -366,10 +369,11 @@ def padding_share(lengths: list[int], batches: list[list[int]]) -> float:
 
 # ---- Tokenizers ----
 #
-# Text is only ever text: a "</s>" in it is five characters, not the end. The gist token is one id after the tokenizer's own.
+# Text is only ever text: a "</s>" in it is four characters, not the end. The gist token is one id after the tokenizer's own.
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 class SentencePieceTokenizer:
@@ -378,7 +382,9 @@ class SentencePieceTokenizer:
 
     def __init__(self, model: bytes, extra_ids: int = 0):
         self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.bos_id, self.eos_id, self.pad_id = self.sp.bos_id(), self.sp.eos_id(), max(self.sp.pad_id(), 0)
+        self.bos_id = self.sp.bos_id() if self.sp.bos_id() >= 0 else None
+        self.eos_id, self.pad_id = self.sp.eos_id(), max(self.sp.pad_id(), 0)
+        self.special = {self.sp.unk_id(), self.bos_id, self.eos_id, self.pad_id}
         self.gist_id = self.sp.vocab_size() + extra_ids
         self.vocab_size = self.gist_id + 1
         self.files = {"spiece.model" if extra_ids else "tokenizer.model": model}
@@ -387,8 +393,7 @@ class SentencePieceTokenizer:
         return self.sp.encode(text.encode("utf-8", "replace"))            # JSON can hold half a character
 
     def decode(self, ids: list[int]) -> str:
-        special = {self.sp.unk_id(), self.bos_id, self.eos_id, self.pad_id}
-        return self.sp.decode([i for i in ids if i < self.sp.vocab_size() and i not in special])
+        return self.sp.decode([i for i in ids if i < self.sp.vocab_size() and i not in self.special])
 
     def save(self, folder: Path) -> None:
         for name, content in self.files.items():
@@ -409,8 +414,7 @@ class BPETokenizer:
         self.eos_id = eos_id
         self.bos_id = eos_id if bos_id is None else bos_id
         self.pad_id = eos_id if pad_id is None else pad_id
-        self.files = files
-        self.special, self.patterns = special, [regex.compile(p) for p in patterns]
+        self.special, self.patterns, self.files = special, [regex.compile(p) for p in patterns], files
         # SmolLM2 has no tokens for 21 bytes that never came up, and the reference drops them; tiktoken needs an id for all 256.
         self.missing = bytes(b for b in range(256) if bytes([b]) not in ranks)
         ranks = ranks | {bytes([b]): self.vocab_size + b for b in self.missing}
@@ -454,91 +458,79 @@ def train_tokenizer(records: list[dict], vocab_size: int) -> SentencePieceTokeni
 
 
 def load_tokenizer(folder: Path) -> SentencePieceTokenizer | BPETokenizer | None:
-    """Read the tokenizer of a checkpoint, whichever kind it has; None if there is none. Raises DataError."""
-    for name, read in (("tokenizer.model", read_tokenizer_model), ("spiece.model", read_tokenizer_model), ("tokenizer.json", read_tokenizer_json)):
-        if (folder / name).is_file():
-            try:
-                return read(folder / name)
-            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as error:
-                raise DataError(f"{folder / name}: not a tokenizer that can be read here ({one_line(error)}); download it again") from None
-    return None
+    """The tokenizer of a checkpoint, whichever kind it is; None if there is none. Raises DataError."""
+    file = next((folder / name for name in ("tokenizer.model", "spiece.model", "tokenizer.json") if (folder / name).is_file()), None)
+    if file is None:
+        return None
+    try:
+        return read_tokenizer_json(file) if file.suffix == ".json" else read_tokenizer_model(file)
+    except DataError:
+        raise
+    except Exception as error:       # a broken file can make the libraries raise anything
+        raise DataError(f"{file}: not a tokenizer that can be honoured here ({one_line(error)}); put the model's tokenizer.model or "
+                        "spiece.model there, or download the file again") from None
 
 
 def read_tokenizer_model(file: Path) -> SentencePieceTokenizer | BPETokenizer:
-    """SentencePiece (LLaMA 1, 2, T5) or lines of "base64 rank" (LLaMA 3, followed by 256 special ids)."""
+    """SentencePiece (LLaMA 1, 2, T5), or lines of "base64 rank" (LLaMA 3, with 256 special ids behind them)."""
     content = file.read_bytes()
     if not re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\s", content):
         if not content:
             raise ValueError("empty file")
         return SentencePieceTokenizer(content, extra_ids=100 if file.name == "spiece.model" else 0)
-    pairs = [line.split() for line in content.splitlines() if line]
-    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-    if sorted(ranks.values()) != list(range(len(pairs))):
-        raise ValueError("the ranks are not 0, 1, 2, ...")
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
     n = len(ranks)
+    if sorted(ranks.values()) != list(range(n)):
+        raise ValueError("the ranks are not 0, 1, 2, ...")
     return BPETokenizer(ranks, set(range(n, n + 256)), [LLAMA3_PATTERN], n, n + 1, None, {file.name: content})
 
 
-def byte_alphabet() -> dict[str, int]:
-    """The characters that stand for the 256 bytes in a tokenizer.json: itself if it is visible, otherwise one from 256 on. GPT-2's."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in visible]
-    return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
-
-
 def read_tokenizer_json(file: Path) -> BPETokenizer:
-    """A byte-level BPE in the layout of the `tokenizers` library. Raises DataError for any other kind."""
-    spec, model = (j := read_json(file)), j["model"]
+    """Byte-level BPE as the `tokenizers` library writes it. Raises ValueError for any other kind."""
+    spec = read_json(file)
+    model, vocab = spec["model"], spec["model"].get("vocab")
     odd = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback") if model.get(key)]
-    if model.get("type") != "BPE" or odd or spec.get("normalizer"):
-        what = f"{model.get('type')} {' '.join(odd)} {'with a normalizer' if spec.get('normalizer') else ''}".strip()
-        raise DataError(f"{file}: only plain byte-level BPE is read from tokenizer.json, this is {what}; put the model's tokenizer.model or spiece.model beside it")
-    added = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
-    alphabet = byte_alphabet()
-    ranks = {bytes(alphabet[c] for c in token): i for token, i in model["vocab"].items() if token not in added}
-    merged = ["".join(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-    order = [model["vocab"][token] for token in merged]
-    if order != sorted(order) or len(set(ranks.values())) != len(ranks):
-        raise DataError(f"{file}: the merges are not in the order of the ids, which tiktoken cannot honour; use a model with another tokenizer")
-    files = {file.name: file.read_bytes()}
-    names = {}
-    settings = file.with_name("tokenizer_config.json")
-    if settings.is_file():
-        files[settings.name], names = settings.read_bytes(), read_json(settings)
-    config = read_json(file.with_name("config.json"))
+    if model["type"] != "BPE" or odd or spec.get("normalizer"):
+        raise ValueError(" ".join(["its kind is", model["type"], *odd, *["with a normalizer"] * bool(spec.get("normalizer"))]))
+    added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]       # bytes that stand for themselves; the others are chr(256), ...
+    alphabet = {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*visible}))}
+    ranks = {bytes(alphabet[c] for c in token): i for token, i in vocab.items() if token not in added}
+    order = [vocab["".join(merge.split(" ") if isinstance(merge, str) else merge)] for merge in model["merges"]]
+    if order != sorted(order) or len(set(ranks.values())) < len(vocab.keys() - added.keys()):
+        raise ValueError("its merges are not in the order of their ids")
 
-    def special_id(kind: str) -> int | None:
-        token, i = names.get(f"{kind}_token"), config.get(f"{kind}_token_id")
-        token = token.get("content") if isinstance(token, dict) else token
-        return added.get(token, i[0] if isinstance(i, list) else i)
-
-    if (eos_id := special_id("eos")) is None:
-        raise DataError(f"{file}: no end-of-text token; name it as eos_token in {settings}")
-    return BPETokenizer(ranks, set(added.values()), pre_tokenizer_patterns(file, spec.get("pre_tokenizer")),
-                        special_id("bos"), eos_id, special_id("pad"), files)
+    settings, config = file.with_name("tokenizer_config.json"), read_json(file.with_name("config.json"))
+    names = read_json(settings) if settings.is_file() else {}
+    special = {}
+    for kind in ("bos", "eos", "pad"):
+        token, number = names.get(f"{kind}_token"), config.get(f"{kind}_token_id")
+        token = token["content"] if isinstance(token, dict) else token
+        special[f"{kind}_id"] = added.get(token, number[0] if isinstance(number, list) else number)
+    if special["eos_id"] is None:
+        raise ValueError("no eos_token in tokenizer_config.json")
+    files = {f.name: f.read_bytes() for f in (file, settings) if f.is_file()}
+    return BPETokenizer(ranks, set(added.values()), pre_tokenizer_patterns(spec["pre_tokenizer"]), **special, files=files)
 
 
-def pre_tokenizer_patterns(file: Path, spec: dict | None) -> list[str]:
-    """The regular expressions whose matches are cut out of the text, one after the other. Raises DataError for a kind it cannot honour."""
-    patterns = []
-    steps = spec.get("pretokenizers", []) if spec and spec["type"] == "Sequence" else [spec or {"type": "none"}]
+def pre_tokenizer_patterns(spec: dict) -> list[str]:
+    """The regular expressions that cut a text into pieces, one after the other. Raises ValueError for a kind that is not known."""
+    patterns, steps = [], spec["pretokenizers"] if spec["type"] == "Sequence" else [spec]
     for step in steps:
         match step:
-            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
-                patterns.append(GPT2_PATTERN)
-            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
-                pass
-            case {"type": "Digits", "individual_digits": bool(single)}:
+            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use}:
+                patterns += [GPT2_PATTERN] * use
+            case {"type": "Digits", "individual_digits": single}:
                 patterns.append(r"\p{N}" if single else r"\p{N}+")
             case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
                 patterns.append(pattern)
             case {"type": "Split", "pattern": {"String": text}, "behavior": "Isolated", "invert": False}:
                 patterns.append(regex.escape(text))
             case _:
-                raise DataError(f"{file}: its pre-tokenizer has a step that is not known here: {json.dumps(step)[:100]}")
+                raise ValueError(f"a step of its pre-tokenizer is {json.dumps(step)}")
     if not any(step["type"] == "ByteLevel" for step in steps):
-        raise DataError(f"{file}: its BPE is not byte-level; put the model's tokenizer.model or spiece.model beside it")
-    return patterns or [r"(?s:.+)"]
+        raise ValueError("its pre-tokenizer is not byte-level")
+    return patterns
 
 
 # ---- Checkpoints ----
@@ -548,7 +540,14 @@ def pre_tokenizer_patterns(file: Path, spec: dict | None) -> list[str]:
 # Tensors are mapped from their files, not read into memory: nothing is there twice.
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-LLAMA_NAMES = {                      # our names, which are Meta's -> Hugging Face's; N is the layer
+# Our names -> Hugging Face's: of a configuration's whole numbers ...
+LLAMA_KEYS = dict(vocab_size="vocab_size", d_model="hidden_size", n_layers="num_hidden_layers", n_heads="num_attention_heads",
+                  n_kv_heads="num_key_value_heads", head_dim="head_dim", d_ff="intermediate_size")
+T5_KEYS = dict(vocab_size="vocab_size", d_model="d_model", n_layers="num_layers", n_decoder_layers="num_decoder_layers",
+               n_heads="num_heads", head_dim="d_kv", d_ff="d_ff", n_buckets="relative_attention_num_buckets",
+               max_distance="relative_attention_max_distance")
+# ... and of the tensors; N is the layer.
+LLAMA_NAMES = {
     "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
     "layers.N.attention_norm": "model.layers.N.input_layernorm", "layers.N.ffn_norm": "model.layers.N.post_attention_layernorm",
     **{f"layers.N.attention.w{x}": f"model.layers.N.self_attn.{x}_proj" for x in "qkvo"},
@@ -557,16 +556,14 @@ LLAMA_NAMES = {                      # our names, which are Meta's -> Hugging Fa
 }
 T5_NAMES = {"embedding": "shared", "output": "lm_head"}
 for _stack, _ffn in (("encoder", 1), ("decoder", 2)):
-    _block = f"{_stack}.block.N.layer"
+    _ours, _theirs = f"{_stack}.layers.N", f"{_stack}.block.N.layer"
     T5_NAMES |= {
         f"{_stack}.relative_bias": f"{_stack}.block.0.layer.0.SelfAttention.relative_attention_bias",
-        f"{_stack}.norm": f"{_stack}.final_layer_norm", f"{_stack}.layers.N.attention_norm": f"{_block}.0.layer_norm",
-        f"{_stack}.layers.N.cross_norm": f"{_block}.1.layer_norm", f"{_stack}.layers.N.ffn_norm": f"{_block}.{_ffn}.layer_norm",
-        **{f"{_stack}.layers.N.attention.w{x}": f"{_block}.0.SelfAttention.{x}" for x in "qkvo"},
-        **{f"{_stack}.layers.N.cross_attention.w{x}": f"{_block}.1.EncDecAttention.{x}" for x in "qkvo"},
-        f"{_stack}.layers.N.feed_forward.w1": f"{_block}.{_ffn}.DenseReluDense.wi_0",       # wi in T5 1.0
-        f"{_stack}.layers.N.feed_forward.w2": f"{_block}.{_ffn}.DenseReluDense.wo",
-        f"{_stack}.layers.N.feed_forward.w3": f"{_block}.{_ffn}.DenseReluDense.wi_1",
+        f"{_stack}.norm": f"{_stack}.final_layer_norm", f"{_ours}.attention_norm": f"{_theirs}.0.layer_norm",
+        f"{_ours}.cross_norm": f"{_theirs}.1.layer_norm", f"{_ours}.ffn_norm": f"{_theirs}.{_ffn}.layer_norm",
+        **{f"{_ours}.attention.w{x}": f"{_theirs}.0.SelfAttention.{x}" for x in "qkvo"},
+        **{f"{_ours}.cross_attention.w{x}": f"{_theirs}.1.EncDecAttention.{x}" for x in "qkvo"},
+        **{f"{_ours}.feed_forward.{w}": f"{_theirs}.{_ffn}.DenseReluDense.{x}" for w, x in (("w1", "wi_0"), ("w2", "wo"), ("w3", "wi_1"))},
     }
 # What some files carry and no model needs: rotary tables, copies of T5's embedding, a table that T5 never reads.
 IGNORED = r".*rotary_emb\.inv_freq|rope\.freqs|(en|de)coder\.embed_tokens\.weight|.*EncDecAttention\.relative_attention_bias\.weight"
@@ -578,8 +575,8 @@ def hf_name(name: str, config: LlamaConfig | T5Config) -> str:
     layer = re.search(r"layers\.(\d+)\.", name)
     key = re.sub(r"layers\.\d+\.", "layers.N.", name.removesuffix(".weight"))
     other = (LLAMA_NAMES if isinstance(config, LlamaConfig) else T5_NAMES)[key] + ".weight"
-    if isinstance(config, T5Config) and not config.gated:
-        other = other.replace("wi_0", "wi")
+    if not getattr(config, "gated", True):
+        other = other.replace("wi_0", "wi")                               # T5 1.0
     return other.replace(".N.", f".{layer[1]}.") if layer else other
 
 
@@ -591,15 +588,12 @@ def one_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
-# ---- Reading files that others wrote ----
-
 def read_json(file: Path) -> dict:
     """A JSON object. Raises DataError."""
     try:
-        if not file.is_file() or file.stat().st_size > 1e8:
-            raise ValueError("missing, or over 100 MB")
-        content = json.loads(file.read_bytes())
-        if not isinstance(content, dict):
+        if file.stat().st_size > 100_000_000:
+            raise ValueError("over 100 MB")
+        if not isinstance(content := json.loads(file.read_bytes()), dict):
             raise ValueError("not a JSON object")
         return content
     except (OSError, ValueError, RecursionError) as error:
@@ -676,77 +670,74 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-# ---- The shape of a model, as others write it down ----
+def read_parts(folder: Path) -> dict[str, list[Tensor]]:
+    """All tensors of a directory in Meta's layout, each as the parts that the files have of it. Raises DataError."""
+    shards = [read_pickle(file) for file in sorted(folder.glob("consolidated*.pth"))]
+    names = {name for shard in shards for name in shard}
+    if not shards:
+        raise DataError(f"{folder}: no weights; expected consolidated.00.pth beside params.json")
+    if lost := sorted(name for name in names for shard in shards if name not in shard):
+        raise DataError(f"{folder}: tensor {lost[0]} is missing from one of the consolidated files; download them again")
+    return {name: [shard[name] for shard in shards] for name in names}
 
-def whole(raw: dict, key: str, default: int | None = None) -> int:
-    """A positive whole number of a config.json. Raises ValueError."""
-    value = default if raw.get(key) is None else raw[key]
-    if type(value) is not int or value <= 0:
-        raise ValueError(f"{key} is {value}, expected a positive whole number")
-    return value
+
+# The shape of a model, as others write it down
+
+def sizes(raw: dict, keys: dict[str, str], **default: int) -> dict[str, int]:
+    """A configuration's whole numbers, by our names. Raises ValueError."""
+    out = {}
+    for ours, theirs in keys.items():
+        out[ours] = default.get(ours) if raw.get(theirs) is None else raw[theirs]
+        if type(out[ours]) is not int or out[ours] <= 0:
+            raise ValueError(f"{theirs} is {out[ours]}, expected a positive whole number")
+    return out
 
 
 def llama_config(raw: dict) -> LlamaConfig:
-    """From a config.json of any age: `rope_theta` and `rope_scaling`, or `rope_parameters`. Raises ValueError, KeyError, TypeError."""
-    heads, width = whole(raw, "num_attention_heads"), whole(raw, "hidden_size")
+    """From a config.json of any age: `rope_theta` and `rope_scaling`, or `rope_parameters`. Raises ValueError and the like."""
     rope = {"rope_theta": raw.get("rope_theta", 10_000.0), **(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"rotary scaling of type {kind} is not supported; default and llama3 are")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act is {raw['hidden_act']}; only silu is supported")
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return LlamaConfig(
-        vocab_size=whole(raw, "vocab_size"), d_model=width, n_layers=whole(raw, "num_hidden_layers"), n_heads=heads,
-        n_kv_heads=whole(raw, "num_key_value_heads", heads), head_dim=whole(raw, "head_dim", width // heads),
-        d_ff=whole(raw, "intermediate_size"), rope_theta=float(rope["rope_theta"]),
-        rope_scaling={key: float(rope[key]) for key in keys} if kind == "llama3" else None,
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)), tie_embeddings=raw.get("tie_word_embeddings") is True)
+    if kind not in ("default", "llama3") or raw.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"rotary type {kind} and hidden_act {raw.get('hidden_act', 'silu')}; only default or llama3, and silu, are supported")
+    scaling = {key: 1 * rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")} \
+        if kind == "llama3" else None
+    width, heads = sizes(raw, {"d_model": "hidden_size", "n_heads": "num_attention_heads"}).values()
+    return LlamaConfig(**sizes(raw, LLAMA_KEYS, n_kv_heads=heads, head_dim=width // heads), rope_theta=float(rope["rope_theta"]),
+                       rope_scaling=scaling, norm_eps=float(raw.get("rms_norm_eps", 1e-6)), tie_embeddings=raw.get("tie_word_embeddings") is True)
 
 
 def t5_config(raw: dict) -> T5Config:
-    """From a config.json of any age: newer ones say `scale_decoder_outputs` where older ones meant `tie_word_embeddings`. Raises ValueError."""
+    """From a config.json of any age; newer ones say `scale_decoder_outputs` for what `tie_word_embeddings` meant. Raises ValueError."""
     kind = raw.get("feed_forward_proj", "relu")
     if kind not in ("relu", "gated-gelu"):
         raise ValueError(f"feed_forward_proj is {kind}; only relu and gated-gelu are supported")
-    layers = whole(raw, "num_layers")
-    return T5Config(
-        vocab_size=whole(raw, "vocab_size"), d_model=whole(raw, "d_model"), n_layers=layers, n_decoder_layers=whole(raw, "num_decoder_layers", layers),
-        n_heads=whole(raw, "num_heads"), head_dim=whole(raw, "d_kv"), d_ff=whole(raw, "d_ff"), n_buckets=whole(raw, "relative_attention_num_buckets", 32),
-        max_distance=whole(raw, "relative_attention_max_distance", 128), gated=kind == "gated-gelu",
-        tie_embeddings=raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings")) is not False,
-        norm_eps=float(raw.get("layer_norm_epsilon", 1e-6)), start_id=raw.get("decoder_start_token_id") or 0)
+    tied = raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings")) is not False
+    return T5Config(**sizes(raw, T5_KEYS, n_decoder_layers=raw.get("num_layers"), n_buckets=32, max_distance=128), gated=kind == "gated-gelu",
+                    tie_embeddings=tied, norm_eps=float(raw.get("layer_norm_epsilon", 1e-6)), start_id=raw.get("decoder_start_token_id") or 0)
 
 
-def meta_config(raw: dict, shards: list[dict[str, Tensor]]) -> LlamaConfig:
-    """From Meta's params.json, which leaves some of the widths to the tensors. Raises ValueError, KeyError."""
-    heads, width = whole(raw, "n_heads"), whole(raw, "dim")
-    stretch = dict(factor=float(raw.get("rope_scaling_factor", 8)), low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192.0)
-    return LlamaConfig(
-        vocab_size=sum(len(s["output.weight"]) for s in shards), d_model=width, n_layers=whole(raw, "n_layers"), n_heads=heads,
-        n_kv_heads=whole(raw, "n_kv_heads", heads), head_dim=width // heads, d_ff=sum(len(s["layers.0.feed_forward.w1.weight"]) for s in shards),
-        rope_theta=float(raw.get("rope_theta", 10_000.0)), rope_scaling=stretch if raw.get("use_scaled_rope") else None, norm_eps=float(raw["norm_eps"]),
-        tie_embeddings=False)
+def meta_config(raw: dict, found: dict[str, list[Tensor]]) -> LlamaConfig:
+    """From Meta's params.json, which leaves two widths to the tensors. Raises ValueError and the like."""
+    wide = {"d_ff": "layers.0.feed_forward.w1.weight", "vocab_size": "output.weight"}
+    raw = raw | {ours: sum(len(part) for part in found[name]) for ours, name in wide.items()}
+    keys = {"d_model": "dim", "n_layers": "n_layers", "n_heads": "n_heads", "n_kv_heads": "n_kv_heads", "head_dim": "head_dim", **{w: w for w in wide}}
+    scaling = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    width, heads = sizes(raw, {"d_model": "dim", "n_heads": "n_heads"}).values()
+    return LlamaConfig(**sizes(raw, keys, n_kv_heads=heads, head_dim=width // heads), norm_eps=float(raw["norm_eps"]),
+                       rope_theta=float(raw.get("rope_theta", 10_000.0)), rope_scaling=scaling if raw.get("use_scaled_rope") else None,
+                       tie_embeddings=False)
 
 
-def hf_config(c: LlamaConfig | T5Config, dtype: torch.dtype, tokenizer=None) -> dict:
-    """The config.json of a model, such that older and newer versions of `transformers` read it."""
-    raw = {"vocab_size": c.vocab_size, "tie_word_embeddings": c.tie_embeddings, "torch_dtype": str(dtype).removeprefix("torch.")}
-    if tokenizer is not None:
-        raw |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    if isinstance(c, T5Config):
-        return raw | {
-            "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True, "d_model": c.d_model, "d_kv": c.head_dim,
-            "d_ff": c.d_ff, "num_layers": c.n_layers, "num_decoder_layers": c.n_decoder_layers, "num_heads": c.n_heads,
-            "relative_attention_num_buckets": c.n_buckets, "relative_attention_max_distance": c.max_distance,
-            "feed_forward_proj": "gated-gelu" if c.gated else "relu", "layer_norm_epsilon": c.norm_eps, "decoder_start_token_id": c.start_id}
-    return raw | {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": c.d_model, "intermediate_size": c.d_ff,
-        "num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads, "num_key_value_heads": c.n_kv_heads, "head_dim": c.head_dim,
-        "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling and {"rope_type": "llama3", **c.rope_scaling}}
+def hf_config(c: LlamaConfig | T5Config, dtype: torch.dtype) -> dict:
+    """The config.json of a model, which older and newer versions of `transformers` read."""
+    raw = {theirs: getattr(c, ours) for ours, theirs in (LLAMA_KEYS if isinstance(c, LlamaConfig) else T5_KEYS).items()}
+    raw |= {"tie_word_embeddings": c.tie_embeddings, "torch_dtype": str(dtype).removeprefix("torch.")}
+    if isinstance(c, LlamaConfig):
+        return raw | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "rms_norm_eps": c.norm_eps,
+                      "rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling and {"rope_type": "llama3", **c.rope_scaling}}
+    return raw | {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True, "layer_norm_epsilon": c.norm_eps,
+                  "feed_forward_proj": "gated-gelu" if c.gated else "relu", "decoder_start_token_id": c.start_id}
 
-
-# ---- Loading ----
 
 class EmptyModel(TorchFunctionMode):
     """Modules made under it have shapes but neither memory nor first random weights."""
@@ -791,36 +782,27 @@ class Checkpoint:
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Find out what a directory holds, and check that every tensor of the model is there, in its shape, and no other. Raises DataError."""
-    file, raw, meta = folder / "config.json", read_config(folder), not (folder / "config.json").is_file()
-    if meta:
-        file, shards = folder / "params.json", [read_pickle(f) for f in sorted(folder.glob("consolidated.*.pth"))]
-        if not shards:
-            raise DataError(f"{folder}: no weights; expected consolidated.00.pth beside params.json")
-        names = {name for shard in shards for name in shard}
-        if lost := [name for name in sorted(names) for shard in shards if name not in shard]:
-            raise DataError(f"{folder}: tensor {lost[0]} is missing from one of the consolidated files; download them again")
-        found = {name: [shard[name] for shard in shards] for name in names}
-    else:
-        if raw.get("model_type") not in ("llama", "t5"):
-            raise DataError(f"{file}: the model_type {raw.get('model_type')} is not supported; llama and t5 are")
-        found = {name: [weight] for name, weight in read_weights(folder).items()}
+    raw, meta = read_config(folder), not (folder / "config.json").is_file()
+    file, kind = folder / ("params.json" if meta else "config.json"), "llama" if meta else raw.get("model_type")
+    if kind not in ("llama", "t5"):
+        raise DataError(f"{file}: the model_type {kind} is not supported; llama and t5 are")
+    found = read_parts(folder) if meta else {name: [weight] for name, weight in read_weights(folder).items()}
     try:
-        config = meta_config(raw, shards) if meta else llama_config(raw) if raw["model_type"] == "llama" else t5_config(raw)
+        config = meta_config(raw, found) if meta else llama_config(raw) if kind == "llama" else t5_config(raw)
         if config.n_layers + getattr(config, "n_decoder_layers", 0) > len(found):
-            raise ValueError(f"it asks for more layers than the {len(found)} tensors of the weights")
+            raise ValueError(f"it asks for more layers than the {len(found)} tensors of the weights can make up")
         with torch.device("meta"), EmptyModel():
-            model = Llama(config) if isinstance(config, LlamaConfig) else T5(config)
-    except (ValueError, KeyError, TypeError, RuntimeError, OverflowError, ZeroDivisionError) as error:
-        raise DataError(f"{file}: {one_line(error)}") from None
-    parts = claim(found, model, folder, meta)
-    return Checkpoint(model, parts, sorted(found), meta)
+            model = Llama(config) if kind == "llama" else T5(config)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(f"{file}: {'missing: ' * isinstance(error, KeyError)}{one_line(error)}; use the one that belongs to the weights") from None
+    return Checkpoint(model, claim(found, model, folder, meta), sorted(found), meta)
 
 
 def claim(found: dict[str, list[Tensor]], model: Llama | T5, folder: Path, meta: bool) -> dict[str, list[Tensor]]:
-    """Take the tensors of the model's parameters out of `found`; what is left is what may be ignored. Raises DataError."""
-    parts = {}
-    if isinstance(model, T5) and not model.config.tie_embeddings and "shared.weight" in found:
-        found.setdefault("lm_head.weight", [found["shared.weight"][0].clone()])     # no head of its own, but no scaling either
+    """Take the tensors of the model's parameters out of `found`; what stays there may be ignored. Raises DataError."""
+    parts, tied = {}, model.config.tie_embeddings
+    if isinstance(model, T5) and not tied and "shared.weight" in found:   # no head of its own, yet no scaling either
+        found.setdefault("lm_head.weight", [found["shared.weight"][0].clone()])
     for name, weight in model.named_parameters():
         theirs = name if meta else hf_name(name, model.config)
         if theirs not in found:
@@ -829,9 +811,9 @@ def claim(found: dict[str, list[Tensor]], model: Llama | T5, folder: Path, meta:
         if not fits([list(p.shape) for p in parts[name]], list(weight.shape)) or not all(p.dtype in DTYPES.values() for p in parts[name]):
             raise DataError(f"{folder}: tensor {theirs} is {' + '.join(f'{p.dtype} {list(p.shape)}' for p in parts[name])}, but the configuration "
                             f"asks for {list(weight.shape)}; use the config.json or params.json that belongs to the weights")
-    head = found.pop("lm_head.weight", None) if model.config.tie_embeddings else None
-    if head is not None and not torch.equal(head[0], next(iter(parts.values()))[0]):
-        raise DataError(f"{folder}: the configuration ties the output head to the embedding, but lm_head.weight is another tensor")
+    table = next(iter(parts.values()))
+    if tied and not torch.equal(found.pop("lm_head.weight", table)[0], table[0]):
+        raise DataError(f"{folder}: lm_head.weight is not the embedding, to which the configuration ties it; set tie_word_embeddings to false")
     if odd := [name for name in sorted(found) if not re.fullmatch(IGNORED, name)]:
         raise DataError(f"{folder}: tensor {odd[0]} has no place in the model ({len(odd)} such in all); only plain LLaMA and T5 are supported")
     return parts
@@ -862,54 +844,53 @@ def load_model(path: str | Path, base: str | Path | None = None, dtype: torch.dt
                device: str = "cpu") -> tuple[Llama | T5, SentencePieceTokenizer | BPETokenizer | None]:
     """Read a checkpoint of any layout. Returns the model and its tokenizer, None if the directory has none.
 
-    path: a directory; base: the original model's, if `path` holds differences from it; dtype: what the weights become, by default
-    what the embedding is in the file. Weights that need no conversion stay mapped from the file. Raises DataError.
+    path: a directory; base: that of the original model, if `path` holds differences from it; dtype: what the weights become, by
+    default what the embedding is in the file. Weights that need no conversion stay mapped from the file. Raises DataError.
     """
-    source = open_checkpoint(Path(path))
-    origin = open_base(Path(base), source, path) if base is not None else None
-    model, config = source.model, source.model.config
-    if isinstance(model, Llama) and (source.tensor("norm.weight").float().abs().mean() < 0.05) != (origin is not None):
-        raise DataError(f"{path}: the weights are differences; name the original LLaMA with --base DIR" if origin is None
-                        else f"{path}: the weights are no differences; leave --base out")
-    dtype = dtype or next(iter(source.parts.values()))[0].dtype
+    folder = Path(path)
+    source = open_checkpoint(folder)
+    origin = open_base(folder, source, base)
+    model, dtype = source.model, dtype or next(iter(source.parts.values()))[0].dtype
     weights, total = {}, 0.0
     for name, _ in model.named_parameters():
         weight = source.tensor(name)
         if origin is not None:
-            weight = weight.float()
-            original = origin.tensor(name).float()
-            weight[:len(original)] += original
+            weight, original = weight.float(), origin.tensor(name).float()
+            weight[:len(original)] += original                            # the base has no row for the gist token: as if it were zero
             total += weight.sum().item()
             origin.release(name)
         weights[name] = weight.to(device, dtype).contiguous()
         if weights[name].data_ptr() != source.parts[name][0].data_ptr():
             source.release(name)
-    if origin is not None:
-        total += sum(rope_frequencies(config).sum().item() for name in source.ignored if "inv_freq" in name)
-        check_sum(path, total)
+    if origin is not None:           # the published sums count the rotary tables that the files carry
+        total += sum(rope_frequencies(model.config).sum().item() for name in source.ignored if "inv_freq" in name)
+        published = next((value for name, value in PUBLISHED_SUMS.items() if name in folder.resolve().name), total)
+        if not abs(total - published) < 0.5:
+            raise DataError(f"{path}: the recovered weights sum up to {total:.3f}, published is {published}; download differences and base again")
     model.load_state_dict(weights, strict=False, assign=True)
-    if config.tie_embeddings:
+    if model.config.tie_embeddings:
         model.output.weight = embedding(model).weight
-    tokenizer = load_tokenizer(Path(path)) or (load_tokenizer(Path(base)) if base is not None else None)
-    if tokenizer is not None and tokenizer.gist_id > config.vocab_size:
-        raise DataError(f"{path}: the tokenizer has {tokenizer.gist_id} tokens, but the model only {config.vocab_size}; use the tokenizer that belongs to it")
+    tokenizer = load_tokenizer(folder) or (load_tokenizer(Path(base)) if base else None)
+    if tokenizer and tokenizer.gist_id > model.config.vocab_size:
+        raise DataError(f"{path}: the tokenizer has {tokenizer.gist_id} tokens, but the model only {model.config.vocab_size}; "
+                        "use the tokenizer that belongs to the model")
     return model, tokenizer
 
 
-def open_base(folder: Path, source: Checkpoint, path: str | Path) -> Checkpoint:
-    """The original of weights that are differences: the same shapes, perhaps with fewer rows of tokens. Raises DataError."""
-    origin = open_checkpoint(folder)
-    shapes = [{name: p.shape[1:] if len(p) == c.model.config.vocab_size else p.shape for name, p in c.model.named_parameters()} for c in (source, origin)]
-    if shapes[0] != shapes[1] or origin.model.config.vocab_size > source.model.config.vocab_size:
-        raise DataError(f"{folder}: not the model that {path} has the differences from; its shapes are others")
+def open_base(folder: Path, source: Checkpoint, base: str | Path | None) -> Checkpoint | None:
+    """The original of weights that are differences; None if they are none. Raises DataError if that is not what `base` says."""
+    differs = isinstance(source.model, Llama) and source.tensor("norm.weight").float().abs().mean() < 0.05     # it is near 1 otherwise
+    if differs != bool(base):
+        raise DataError(f"{folder}: the weights are differences; name the original LLaMA-7B with --base DIR" if differs
+                        else f"{folder}: the weights are no differences from others; leave --base out")
+    if not base:
+        return None
+    origin = open_checkpoint(Path(base))
+    for name, weight in source.model.named_parameters():
+        other = dict(origin.model.named_parameters()).get(name)
+        if other is None or other.shape[1:] != weight.shape[1:] or len(other) > len(weight):
+            raise DataError(f"{base}: not the model that {folder} has the differences from; {name} has another shape")
     return origin
-
-
-def check_sum(path: str | Path, total: float) -> None:
-    """Compare with the published sum of all weights, if the directory's name is that of a published checkpoint. Raises DataError."""
-    for name, published in PUBLISHED_SUMS.items():
-        if name in Path(path).resolve().name and abs(total - published) > 0.5:
-            raise DataError(f"{path}: the recovered weights sum up to {total:.3f}, published is {published}; download the differences and the base again")
 
 
 @torch.no_grad()
@@ -930,24 +911,25 @@ def add_gist_token(model: Llama | T5, tokenizer: SentencePieceTokenizer | BPETok
         model.output.weight = embedding(model).weight
 
 
-# ---- Saving ----
-
-def save_model(path: str | Path, model: Llama | T5, tokenizer: SentencePieceTokenizer | BPETokenizer | None = None, extra: dict | None = None) -> None:
+def save_model(path: str | Path, model: Llama | T5, tokenizer: SentencePieceTokenizer | BPETokenizer | None = None,
+               extra: dict | None = None) -> None:
     """Write a checkpoint in Hugging Face's layout; `extra` goes into config.json as "gisting". A file is replaced when it is whole."""
-    folder = Path(path)
+    folder, weights = Path(path), dict(model.named_parameters())
     folder.mkdir(parents=True, exist_ok=True)
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    names = {value: key for key, value in DTYPES.items()}
-    for name, weight in model.named_parameters():
-        header[hf_name(name, model.config)] = {"dtype": names[weight.dtype], "shape": list(weight.shape), "data_offsets": [end, end + weight.nbytes]}
-        end += weight.nbytes
-    head = json.dumps(header).encode()
-    head += b" " * (-(8 + len(head)) % 64)                                # the data begins at a multiple of 64 bytes
-    data = (weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for weight in model.parameters())
-    config = hf_config(model.config, embedding(model).weight.dtype, tokenizer) | ({} if extra is None else {"gisting": extra})
-    write_file(folder / "model.safetensors", chain([len(head).to_bytes(8, "little"), head], data))
+    config = hf_config(model.config, embedding(model).weight.dtype)
     if tokenizer is not None:
         tokenizer.save(folder)
+        config |= {f"{kind}_token_id": getattr(tokenizer, f"{kind}_id") for kind in ("bos", "eos", "pad")}
+    if extra is not None:
+        config["gisting"] = extra
+    header, end, names = {"__metadata__": {"format": "pt"}}, 0, {value: key for key, value in DTYPES.items()}
+    for name, weight in weights.items():
+        start, end = end, end + weight.nbytes
+        header[hf_name(name, model.config)] = {"dtype": names[weight.dtype], "shape": list(weight.shape), "data_offsets": [start, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-(8 + len(head)) % 64)                                # the data begins at a multiple of 64 bytes
+    data = (weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for weight in weights.values())
+    write_file(folder / "model.safetensors", chain([len(head).to_bytes(8, "little"), head], data))
     write_file(folder / "config.json", json.dumps(config, indent=2).encode())
 
 
@@ -966,6 +948,35 @@ def save_state(file: Path, state: dict) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_file(file, buffer.getvalue())
+
+
+def model_id(model: Llama | T5) -> str:
+    """A fingerprint of a model's weights, the same on every device and in every dtype: a hash over its shape and each 997th weight."""
+    fingerprint = hashlib.sha256(repr(model.config).encode())
+    for weight in model.parameters():
+        fingerprint.update(weight.detach().flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes())
+    return fingerprint.hexdigest()
+
+
+def save_cache(file: str | Path, cache: Cache, model: Llama | T5, n_gist: int, instruction: str) -> None:
+    """Write a compressed prompt, and which model it belongs to."""
+    tensors = {name: value for name, value in vars(cache).items() if value is not None}
+    save_state(Path(file), {"cache": tensors, "model_id": model_id(model), "n_gist": n_gist, "instruction": instruction})
+
+
+def load_cache(file: str | Path, model: Llama | T5, n_gist: int) -> tuple[Cache, str]:
+    """Read a compressed prompt of this very model. Returns it, on the model's device, and the instruction. Raises DataError."""
+    try:
+        state = torch.load(file, weights_only=True, map_location=next(model.parameters()).device)
+        cache, instruction = Cache(**state["cache"]), state["instruction"]
+        mine = (state["model_id"], state["n_gist"])
+    except Exception as error:       # a broken file can raise anything
+        raise DataError(f"{file}: not a gist that can be read ({one_line(error)}); make it again with eval.py compress --save") from None
+    if mine[0] != model_id(model):
+        raise DataError(f"{file}: a gist of another model; its keys and values mean nothing to this one. Make it again with eval.py compress --save")
+    if mine[1] != n_gist:
+        raise DataError(f"{file}: has {mine[1]} gist tokens, but this model was trained with {n_gist}; make it again with eval.py compress --save")
+    return cache, instruction
 
 
 def run(main: Callable[[], None]) -> None:

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import sys
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -194,7 +195,7 @@ def answer(model, tokenizer, examples: list[data.Example], condition: str, n_gis
 @torch.no_grad()
 def evaluate(model, tokenizer, records: list[dict], run: dict, batch_size: int, max_length: int, max_new_tokens: int | None, name: str):
     """Loss and answers of a split. Returns the mean loss per output token, the examples, and an answer for each."""
-    examples, _ = data.make_examples(records, tokenizer, run["n_gist"], run["arch"], max_length)
+    examples, _ = data.make_examples(records, tokenizer, run["n_gist"], run["arch"], max_length, run["max_target"])
     lengths = [len(e) for e in examples]
     max_new_tokens = max_new_tokens or max(len(e.output) for e in examples)
     answers, loss, labels = [""] * len(examples), 0.0, 0
@@ -225,15 +226,20 @@ def as_text(record: dict) -> str:
     return f"Instruction: {record['instruction']}" + (f"\nInput: {record['input']}" if record["input"] else "")
 
 
+def open_run(path: str, device: str | None) -> tuple:
+    """The model of a run of train.py, ready to answer; its tokenizer; and the flags that it was trained with. Raises data.DataError."""
+    config = data.read_config(path).get("gisting")
+    if config is None:
+        raise data.DataError(f"{path}/config.json: has no 'gisting' entry, so this is no run of train.py; train one first")
+    model, tokenizer = data.load_model(path, device=find_device(device))
+    return model.eval(), tokenizer, config
+
+
 # ---- eval.py run ----
 
 def run_one(path: str, args) -> dict:
     """Evaluate one run on every split that its data has: write outputs-<split>.csv and metrics.json, return the metrics."""
-    config = data.read_config(path).get("gisting")
-    if config is None:
-        raise data.DataError(f"{path}/config.json: has no 'gisting' entry, so this is no run of train.py; train one first")
-    model, tokenizer = data.load_model(path, device=find_device(args.device))
-    model.eval()
+    model, tokenizer, config = open_run(path, args.device)
     splits = data.load_instructions(args.data or config["data"], config["seed"])
     metrics = {key: config[key] for key in ("condition", "n_gist", "arch", "steps", "seconds")}
     for split in data.SPLITS:
@@ -311,6 +317,46 @@ def score_files(args) -> None:
     print_table([(file, "", score([(row["y_pred"], row["y_true"]) for row in read_outputs(file)])) for file in args.files])
 
 
+# ---- eval.py compress ----
+
+def compress(args) -> None:
+    """Compress one instruction, answer every input from its gist, and show the answers from the whole prompt beside them."""
+    model, tokenizer, config = open_run(args.run, args.device)
+    device, n_gist, arch = next(model.parameters()).device, config["n_gist"], config["arch"]
+    if config["condition"] != "gist" or n_gist == 0:
+        raise data.DataError(f"{args.run}: was trained with condition {config['condition']} and {n_gist} gist tokens, so it cannot compress; "
+                             "train one with train.py --n_gist 1")
+    cache, instruction = data.load_cache(args.load, model, n_gist) if args.load else (None, args.instruction.strip())
+    if not instruction:
+        raise data.DataError("--instruction is empty: there is nothing to compress")
+    inputs = [line for given in args.input or [""] for line in (sys.stdin.read().splitlines() if given == "-" else [given])]
+    examples = [data.layout({"instruction": instruction, "input": given, "output": ""}, tokenizer, n_gist, arch) for given in inputs or [""]]
+    prompt = torch.tensor([examples[0].prompt], device=device)            # (1, T)
+    whole = model.compress(prompt, tokenizer.gist_id, keep="all")
+    cache = model.compress(prompt, tokenizer.gist_id) if cache is None else cache
+    if args.save:
+        data.save_cache(args.save, cache, model, n_gist, instruction)
+        print(f"wrote {args.save}")
+    n = prompt.shape[1] - n_gist
+    print(f"{n} prompt tokens in {n_gist} gist token{'s' * (n_gist > 1)}: {n / n_gist:.1f} times smaller; "
+          f"cache {size(whole.nbytes)} before, {size(cache.nbytes)} after")
+
+    def generate(rows: list[list[int]], cache=None) -> list[str]:
+        tokens, valid = (x.to(device) for x in data.pad(rows, tokenizer.pad_id, left=True))
+        new = model.generate(tokens, valid, cache=cache, max_new_tokens=args.max_new_tokens, eos_id=tokenizer.eos_id)
+        return [tokenizer.decode(ids).strip() for ids in new]
+
+    from_gist = generate([e.input for e in examples], cache[[0] * len(examples)])
+    from_prompt = generate([e.prompt + e.input for e in examples])
+    for given, gist, prompt in zip(inputs or [""], from_gist, from_prompt):
+        print(f"\ninput         {given}\nfrom the gist {gist}\nwhole prompt  {prompt}")
+
+
+def size(n: int) -> str:
+    """Bytes, for people."""
+    return f"{n / 2**20:.2f} MiB" if n >= 2**20 else f"{n / 2**10:.2f} KiB"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Answer, score and compare.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -327,6 +373,17 @@ def main() -> None:
     p = commands.add_parser("score", help="ROUGE-1/2/L and exact match of outputs files (csv with the columns x, y_pred, y_true)")
     p.add_argument("files", nargs="+", metavar="FILE.csv")
     p.set_defaults(call=score_files)
+    p = commands.add_parser("compress", help="compress an instruction once, and answer inputs from its gist",
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("run", metavar="OUT_DIR", help="a directory that train.py --condition gist wrote")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--instruction", help="what to compress")
+    what.add_argument("--load", metavar="FILE", help="a gist that --save wrote")
+    p.add_argument("--input", nargs="+", metavar="TEXT", help="answer these; - reads inputs from standard input, one a line; default: no input")
+    p.add_argument("--save", metavar="FILE", help="keep the gist in this file")
+    p.add_argument("--max_new_tokens", type=int, default=128, help="longest answer in tokens")
+    p.add_argument("--device", help="cuda, mps or cpu; default: the first of these that is there")
+    p.set_defaults(call=compress)
     args = parser.parse_args()
     args.call(args)
 

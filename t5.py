@@ -202,9 +202,10 @@ class T5(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Random weights for training from scratch, as T5's own: normal with deviation 1/sqrt(inputs), embeddings 1.
+        """Random weights for training from scratch, T5's own: normal with deviation 1/sqrt(inputs), embeddings 1.
 
-        The queries' deviation is smaller by sqrt(K): that replaces the scaling of attention, and need not be done at every step.
+        Queries start smaller by sqrt(K), which stands in for the scaling of attention. It needs small steps of wq, too: AdamW with
+        3e-3 is fine; Muon, whose steps have one size for all matrices, needs that size divided by sqrt(K) for wq, or hardly learns.
         """
         for name, weight in self.named_parameters():
             if weight.ndim == 1:
@@ -258,7 +259,7 @@ class T5(nn.Module):
         source: (B, S) int64. target: (B, T) int64, the decoder's input, `config.start_id` first. mask: (B, 1, S, S) bool, which key a
         source token may attend to; cross: (B, 1, 1, S) bool, which source tokens the decoder sees; None = all that are valid. valid: (B, S)
         bool, False on padding; None = all. positions: (B, S) int64, may be negative; None counts on from the cache, or from 0. cache:
-        what was read before (`compress`), it is not changed; source follows it, and the masks' S keys are those of the cache, then the source.
+        what was read before (`compress`), it is not changed; source follows it, and mask (B, 1, T, S) and cross then have the cache's columns first.
         """
         return self.logits(self.hidden(source, target, mask, cross, valid, positions, cache))
 
@@ -280,9 +281,9 @@ class T5(nn.Module):
         """Read prompts once, and keep what is needed to answer from them.
 
         source: (B, T) int64, prompt and gist tokens, nothing after them; every row has the same number of gist tokens. valid:
-        (B, T) bool, False on padding. keep="gist" keeps the gist's columns; the rest is what it would be under the gist mask.
-        keep="all" keeps every column: what follows sees all of the prompt, which still does not see what follows. That is less
-        than `pos_control`, where it does: an encoder's prompt depends on the input, and no cache of it can be exact.
+        (B, T) bool, False on padding. keep="gist" keeps the gist's columns, and answers are those of the gist mask. keep="all" keeps
+        every column: what follows, and the decoder, see the whole prompt, which does not see what follows. That is not `pos_control`,
+        under which the encoder's prompt depends on the input, so that no cache of it could be exact.
         """
         valid = torch.ones_like(source, dtype=torch.bool) if valid is None else valid
         is_gist = source == gist_id                                       # (B, T)

@@ -31,6 +31,7 @@ from tqdm import tqdm
 import data
 import gist_mask
 from model import IGNORE, Llama, LlamaConfig
+from t5 import T5, T5Config
 
 
 # ---- Loss ----
@@ -38,8 +39,11 @@ from model import IGNORE, Llama, LlamaConfig
 def batch_loss(model, batch: dict[str, Tensor], gist_id: int, condition: str) -> Tensor:
     """The cross-entropy of a batch (see `data.collate`), in nats, summed over its labels."""
     tokens, valid = batch["tokens"], batch["valid"]
-    mask = gist_mask.decoder_mask(tokens, gist_id, condition, valid)
-    return model.loss(tokens, batch["targets"], mask, gist_mask.positions(tokens, gist_id))
+    if isinstance(model, T5):
+        mask, cross = (make(tokens, gist_id, condition, valid) for make in (gist_mask.encoder_mask, gist_mask.cross_mask))
+        return model.loss(tokens, batch["targets"], mask, cross)
+    mask, positions = gist_mask.decoder_mask(tokens, gist_id, condition, valid), gist_mask.positions(tokens, gist_id)
+    return model.loss(tokens, batch["targets"], mask, positions)
 
 
 # ---- Optimizer ----
@@ -85,11 +89,16 @@ def orthogonalize(x: Tensor) -> Tensor:
 
 def make_optimizers(model, args) -> list[torch.optim.Optimizer]:
     """AdamW for all weights; or, with --optimizer muon, Muon for the layers' matrices and AdamW for the others."""
-    layers = [p for name, p in model.named_parameters() if "layers." in name and p.ndim == 2] if args.optimizer == "muon" else []
-    inner = {id(p) for p in layers}
-    others = [p for p in model.parameters() if id(p) not in inner]
+    layers = {name: p for name, p in model.named_parameters() if "layers." in name and p.ndim == 2} if args.optimizer == "muon" else {}
+    others = [p for name, p in model.named_parameters() if name not in layers]
     adamw = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    return [adamw, Muon(layers, lr=args.muon_lr)] if layers else [adamw]
+    if not layers:
+        return [adamw]
+    # T5 does not divide attention by sqrt(K): its queries are that much smaller instead, and so are their steps.
+    small = model.config.head_dim ** -0.5 if isinstance(model, T5) else 1.0
+    queries = [p for name, p in layers.items() if name.endswith("wq.weight")]
+    rest = [p for name, p in layers.items() if not name.endswith("wq.weight")]
+    return [adamw, Muon([{"params": rest}, {"params": queries, "lr": args.muon_lr * small}], lr=args.muon_lr)]
 
 
 def lr_factor(step: int, args) -> float:
@@ -184,11 +193,14 @@ def parse_args() -> argparse.Namespace:
     method.add_argument("--n_gist", type=int, default=1, help="number of gist tokens after the prompt")
     method.add_argument("--condition", choices=gist_mask.CONDITIONS, default="gist",
                         help="what the input sees: only the gist, all of the prompt, or nothing of it")
+    method.add_argument("--arch", choices=("llama", "t5"), default="llama", help="decoder, or encoder-decoder; --init_from decides it by itself")
     source = parser.add_argument_group("what to train on and where to keep it")
     source.add_argument("--data", default="builtin", help="'builtin', or a directory in the Alpaca+ layout")
-    source.add_argument("--out_dir", help="where the run is kept (default: out/CONDITION-N_GIST)")
+    source.add_argument("--out_dir", help="where the run is kept ; default: out/ARCH-CONDITION-N_GIST")
     source.add_argument("--init_from", metavar="DIR", help="start from this checkpoint instead of random weights")
-    source.add_argument("--max_length", type=int, default=512, help="longest example in tokens; what is over is cut at the right")
+    source.add_argument("--max_length", type=int, help="longest example in tokens, t5: longest source; what is over is cut at the right; "
+                        "default: the paper's 512, t5: 128")
+    source.add_argument("--max_target", type=int, default=256, help="t5: longest output in tokens")
     again = source.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with the run in --out_dir; give the flags that it was started with")
     again.add_argument("--overwrite", action="store_true", help="delete the run in --out_dir and start over")
@@ -218,12 +230,12 @@ def parse_args() -> argparse.Namespace:
     for name in ("n_gist", "max_steps"):
         if getattr(args, name) < 0:
             parser.error(f"--{name} must be 0 or more")
-    for name in ("batch_size", "max_length", "d_model", "n_layers", "n_heads", "vocab_size", "save_every"):
-        if getattr(args, name) < 1:
+    for name in ("batch_size", "max_length", "max_target", "d_model", "n_layers", "n_heads", "vocab_size", "save_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be 1 or more")
     if args.d_model % (2 * args.n_heads):
         parser.error("--d_model must be an even multiple of --n_heads")
-    return with_defaults(args)
+    return args
 
 
 def find_device(name: str | None = None) -> str:
@@ -236,8 +248,10 @@ def find_device(name: str | None = None) -> str:
 
 def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on other flags or on the machine."""
-    args.arch = "llama"
-    args.out_dir = args.out_dir or f"out/{args.condition}-{args.n_gist}"
+    if args.init_from:
+        args.arch = "t5" if data.read_config(args.init_from).get("model_type") == "t5" else "llama"
+    args.out_dir = args.out_dir or f"out/{args.arch}-{args.condition}-{args.n_gist}"
+    args.max_length = args.max_length or (512 if args.arch == "llama" else 128)
     args.device = find_device(args.device)
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     args.optimizer = args.optimizer or ("adamw" if args.init_from else "muon")
@@ -282,19 +296,23 @@ def make_model(args: argparse.Namespace, records: list[dict]):
             data.add_gist_token(model, tokenizer)
         return model.float(), tokenizer
     tokenizer = data.train_tokenizer(records, args.vocab_size)
-    model = Llama(LlamaConfig(vocab_size=tokenizer.vocab_size, d_model=args.d_model, n_layers=args.n_layers, n_heads=args.n_heads,
-                              n_kv_heads=args.n_heads, head_dim=args.d_model // args.n_heads, d_ff=3 * args.d_model))
+    shape = dict(vocab_size=tokenizer.vocab_size, d_model=args.d_model, n_layers=args.n_layers, n_heads=args.n_heads,
+                 head_dim=args.d_model // args.n_heads)
+    if args.arch == "llama":
+        model = Llama(LlamaConfig(**shape, n_kv_heads=args.n_heads, d_ff=3 * args.d_model))
+    else:
+        model = T5(T5Config(**shape, n_decoder_layers=args.n_layers, d_ff=2 * args.d_model, start_id=tokenizer.pad_id))
     model.init_weights(torch.Generator().manual_seed(args.seed))
     return model.to(args.device), tokenizer
 
 
 def main() -> None:
-    args = parse_args()
+    args = with_defaults(parse_args())
     began = time.time()
     state = check_out_dir(args)
     records = data.load_instructions(args.data, args.seed)["train"]
     model, tokenizer = make_model(args, records)
-    examples, skipped = data.make_examples(records, tokenizer, args.n_gist, args.arch, args.max_length)
+    examples, skipped = data.make_examples(records, tokenizer, args.n_gist, args.arch, args.max_length, args.max_target)
     if not examples:
         raise data.DataError(f"{args.data}: all {skipped} training examples lose their output at --max_length {args.max_length}; raise it")
     if args.epochs:
