@@ -21,12 +21,11 @@ import re
 import sys
 import unicodedata
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
-import regex
 import sentencepiece
 import tiktoken
 import torch
@@ -401,31 +400,30 @@ class SentencePieceTokenizer:
 
 
 class BPETokenizer:
-    """Byte-level byte-pair encoding (LLaMA 3, SmolLM2): text is cut by `patterns`, one after the other, and each piece merged.
+    """Byte-level byte-pair encoding (LLaMA 3, SmolLM2): numbers are cut out of the text if they have to, `pattern` cuts the rest, each piece is merged.
 
-    ranks: a token's bytes -> its id, earlier merges first; special: the ids that no text gives; files: what `save` writes.
+    ranks: a token's bytes -> its id, earlier merges first; special: the ids that no text gives; digits: "each", "runs" or None; files:
+    what `save` writes.
     """
     prefix = " "                    # a word in the middle of a text begins with its space
 
-    def __init__(self, ranks: dict[bytes, int], special: set[int], patterns: list[str], bos_id: int | None, eos_id: int,
+    def __init__(self, ranks: dict[bytes, int], special: set[int], pattern: str, digits: str | None, bos_id: int | None, eos_id: int,
                  pad_id: int | None, files: dict[str, bytes]):
         self.gist_id = max([*ranks.values(), *special]) + 1
         self.vocab_size = self.gist_id + 1
         self.eos_id = eos_id
         self.bos_id = eos_id if bos_id is None else bos_id
         self.pad_id = eos_id if pad_id is None else pad_id
-        self.special, self.patterns, self.files = special, [regex.compile(p) for p in patterns], files
+        self.special, self.digits, self.files = special, digits, files
         # SmolLM2 has no tokens for 21 bytes that never came up, and the reference drops them; tiktoken needs an id for all 256.
-        self.missing = bytes(b for b in range(256) if bytes([b]) not in ranks)
-        ranks = ranks | {bytes([b]): self.vocab_size + b for b in self.missing}
-        self.bpe = tiktoken.Encoding("", pat_str="(?s:.+)", mergeable_ranks=ranks, special_tokens={})
+        ranks = ranks | {bytes([b]): self.vocab_size + b for b in range(256) if bytes([b]) not in ranks}
+        # What the pattern does not match is a piece, too; tiktoken alone would drop it.
+        whole = rf"{pattern}|(?s:.+?)(?={pattern}|\z)" if pattern else r"(?s:.+)"
+        self.bpe = tiktoken.Encoding("", pat_str=whole, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text: str) -> list[int]:
-        pieces = [text]
-        for pattern in self.patterns:
-            pieces = [piece for longer in pieces for piece in isolate(pattern, longer)]
-        content = (piece.encode("utf-8", "replace").translate(None, self.missing) for piece in pieces)
-        return [i for piece in content if piece for i in self.bpe._encode_single_piece(piece)]
+        pieces = cut_out_numbers(text, self.digits == "each") if self.digits else [text]
+        return [i for piece in pieces for i in self.bpe.encode_ordinary(piece) if i < self.gist_id]
 
     def decode(self, ids: list[int]) -> str:
         return self.bpe.decode([i for i in ids if i < self.gist_id and i not in self.special])
@@ -433,16 +431,12 @@ class BPETokenizer:
     save = SentencePieceTokenizer.save
 
 
-def isolate(pattern: regex.Pattern, text: str) -> Iterator[str]:
-    """Cut a text into the pattern's matches and what lies between them."""
-    end = 0
-    for match in pattern.finditer(text):
-        if match.start() > end:
-            yield text[end:match.start()]
-        yield match[0]
-        end = match.end()
-    if end < len(text):
-        yield text[end:]
+def cut_out_numbers(text: str, each: bool) -> list[str]:
+    """Cut a text before and after its runs of digits (Unicode's numbers), or around each digit."""
+    pieces = []
+    for is_number, run in groupby(text, lambda c: unicodedata.category(c)[0] == "N"):
+        pieces += run if is_number and each else ["".join(run)]
+    return pieces
 
 
 def train_tokenizer(records: list[dict], vocab_size: int) -> SentencePieceTokenizer:
@@ -482,7 +476,7 @@ def read_tokenizer_model(file: Path) -> SentencePieceTokenizer | BPETokenizer:
     n = len(ranks)
     if sorted(ranks.values()) != list(range(n)):
         raise ValueError("the ranks are not 0, 1, 2, ...")
-    return BPETokenizer(ranks, set(range(n, n + 256)), [LLAMA3_PATTERN], n, n + 1, None, {file.name: content})
+    return BPETokenizer(ranks, set(range(n, n + 256)), LLAMA3_PATTERN, None, n, n + 1, None, {file.name: content})
 
 
 def read_tokenizer_json(file: Path) -> BPETokenizer:
@@ -510,27 +504,27 @@ def read_tokenizer_json(file: Path) -> BPETokenizer:
     if special["eos_id"] is None:
         raise ValueError("no eos_token in tokenizer_config.json")
     files = {f.name: f.read_bytes() for f in (file, settings) if f.is_file()}
-    return BPETokenizer(ranks, set(added.values()), pre_tokenizer_patterns(spec["pre_tokenizer"]), **special, files=files)
+    return BPETokenizer(ranks, set(added.values()), *read_pre_tokenizer(spec["pre_tokenizer"]), **special, files=files)
 
 
-def pre_tokenizer_patterns(spec: dict) -> list[str]:
-    """The regular expressions that cut a text into pieces, one after the other. Raises ValueError for a kind that is not known."""
-    patterns, steps = [], spec["pretokenizers"] if spec["type"] == "Sequence" else [spec]
+def read_pre_tokenizer(spec: dict) -> tuple[str, str | None]:
+    """How a text is cut into pieces: the regular expression, and what is done to numbers before. Raises ValueError for a kind that is not known."""
+    pattern, digits, steps = "", None, spec["pretokenizers"] if spec["type"] == "Sequence" else [spec]
     for step in steps:
         match step:
-            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use}:
-                patterns += [GPT2_PATTERN] * use
-            case {"type": "Digits", "individual_digits": single}:
-                patterns.append(r"\p{N}" if single else r"\p{N}+")
-            case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
-                patterns.append(pattern)
-            case {"type": "Split", "pattern": {"String": text}, "behavior": "Isolated", "invert": False}:
-                patterns.append(regex.escape(text))
+            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
+                pass
+            case {"type": "ByteLevel", "add_prefix_space": False} if not pattern:
+                pattern = GPT2_PATTERN
+            case {"type": "Digits", "individual_digits": each} if not pattern:
+                digits = "each" if each else "runs"
+            case {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False} if not pattern:
+                pattern = regex
             case _:
                 raise ValueError(f"a step of its pre-tokenizer is {json.dumps(step)}")
-    if not any(step["type"] == "ByteLevel" for step in steps):
+    if steps[-1]["type"] != "ByteLevel":
         raise ValueError("its pre-tokenizer is not byte-level")
-    return patterns
+    return pattern, digits
 
 
 # ---- Checkpoints ----

@@ -51,9 +51,9 @@ def batch_loss(model, batch: dict[str, Tensor], gist_id: int, condition: str) ->
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised: every weight matrix moves by the nearest (semi-)orthogonal matrix to its momentum.
 
-    All directions of the update get the same size, also those whose gradients are small, and a tiny model learns the built-in
-    instructions in about half of AdamW's steps. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon. In fp32, as bf16 is
-    emulated on many CPUs. For matrices inside the layers only; embeddings, head and norms belong to AdamW.
+    All directions of the update get the same size, also those whose gradients are small, and a tiny model needs fewer
+    steps than with AdamW. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon. In fp32, as bf16 is emulated on many CPUs.
+    For matrices inside the layers only; embeddings, head and norms belong to AdamW.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95):
@@ -186,55 +186,74 @@ def draw_loss(out_dir: Path) -> None:
 
 # ---- The command ----
 
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Train a model to compress prompts into gist tokens, and evaluate it.")
+    a = parser.add_argument_group("the method").add_argument
+    a("--n_gist", type=int, default=1, metavar="N", help="gist tokens after the prompt (%(default)s)")
+    a("--condition", choices=gist_mask.CONDITIONS, default="gist", help="what the input sees: only the gist, all of the prompt, or nothing of it (gist)")
+    a("--arch", choices=("llama", "t5"), default="llama", help="decoder or encoder-decoder (llama); --init_from decides it by itself")
+
+    a = (source := parser.add_argument_group("what to train on, and where to keep it")).add_argument
+    a("--data", default="builtin", metavar="DIR", help="a directory in the Alpaca+ layout, or 'builtin' (builtin)")
+    a("--init_from", metavar="DIR", help="start from this checkpoint (random weights)")
+    a("--base", metavar="DIR", help="the original LLaMA, if --init_from holds differences from it")
+    a("--out_dir", metavar="DIR", help="where the run is kept (out/ARCH-CONDITION-N_GIST)")
+    a("--max_length", type=int, metavar="N", help="longest example in tokens, t5: longest source; the rest is cut (512; t5: 128)")
+    a("--max_target", type=int, default=256, metavar="N", help="t5: longest output in tokens (%(default)s)")
+    a = source.add_mutually_exclusive_group().add_argument
+    a("--resume", action="store_true", help="go on with the run in --out_dir; give the flags that it was started with")
+    a("--overwrite", action="store_true", help="delete the run in --out_dir and start over")
+
+    a = parser.add_argument_group("a model from random weights").add_argument
+    a("--d_model", type=int, default=128, metavar="N", help="width (%(default)s)")
+    a("--n_layers", type=int, metavar="N", help="layers (4; t5: 3 in the encoder and 3 in the decoder)")
+    a("--n_heads", type=int, metavar="N", help="attention heads (8; t5: 4)")
+    a("--vocab_size", type=int, default=2048, metavar="N", help="largest size of the tokenizer trained on the data (%(default)s)")
+
+    a = parser.add_argument_group("how to train").add_argument
+    a("--max_steps", type=int, default=3000, metavar="N", help="steps (%(default)s)")
+    a("--epochs", type=float, metavar="X", help="passes over the training data, instead of --max_steps")
+    a("--batch_size", type=int, default=64, metavar="N", help="examples a step (%(default)s)")
+    a("--optimizer", choices=("muon", "adamw"), help="muon learns in fewer steps from random weights (muon; adamw with --init_from)")
+    a("--lr", type=float, metavar="X", help="peak learning rate of AdamW (3e-3; 2e-5 with --init_from)")
+    a("--muon_lr", type=float, default=0.015, metavar="X", help="peak learning rate of Muon (%(default)s)")
+    a("--weight_decay", type=float, default=0.0, metavar="X", help="of AdamW (%(default)s)")
+    a("--grad_clip", type=float, default=1.0, metavar="X", help="largest norm of the gradient (%(default)s)")
+    a("--warmup", type=float, default=0.03, metavar="X", help="part of the steps in which the learning rate rises (%(default)s)")
+    a("--schedule", choices=("linear", "cosine", "constant"), default="linear", help="the learning rate after that (%(default)s)")
+    a("--decay", type=float, default=0.5, metavar="X", help="linear: the part of the steps in which it falls to 0 (%(default)s)")
+    a("--seed", type=int, default=0, metavar="N", help="of weights, data and order (%(default)s)")
+    a("--device", help="cuda, mps or cpu (the first of these that is there)")
+    a("--dtype", choices=("float32", "bfloat16"), help="of matrix products (bfloat16 on cuda, else float32)")
+    a("--save_every", type=int, default=500, metavar="N", help="steps between checkpoints (%(default)s)")
+    a("--no_eval", action="store_true", help="do not evaluate at the end")
+    return parser
+
+
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a model to compress prompts into gist tokens, and evaluate it.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    method = parser.add_argument_group("the method")
-    method.add_argument("--n_gist", type=int, default=1, help="number of gist tokens after the prompt")
-    method.add_argument("--condition", choices=gist_mask.CONDITIONS, default="gist",
-                        help="what the input sees: only the gist, all of the prompt, or nothing of it")
-    method.add_argument("--arch", choices=("llama", "t5"), default="llama", help="decoder, or encoder-decoder; --init_from decides it by itself")
-    source = parser.add_argument_group("what to train on and where to keep it")
-    source.add_argument("--data", default="builtin", help="'builtin', or a directory in the Alpaca+ layout")
-    source.add_argument("--out_dir", help="where the run is kept ; default: out/ARCH-CONDITION-N_GIST")
-    source.add_argument("--init_from", metavar="DIR", help="start from this checkpoint instead of random weights")
-    source.add_argument("--max_length", type=int, help="longest example in tokens, t5: longest source; what is over is cut at the right; "
-                        "default: the paper's 512, t5: 128")
-    source.add_argument("--max_target", type=int, default=256, help="t5: longest output in tokens")
-    again = source.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on with the run in --out_dir; give the flags that it was started with")
-    again.add_argument("--overwrite", action="store_true", help="delete the run in --out_dir and start over")
-    shape = parser.add_argument_group("the model, if it starts from random weights")
-    shape.add_argument("--d_model", type=int, default=128, help="width")
-    shape.add_argument("--n_layers", type=int, default=4, help="depth")
-    shape.add_argument("--n_heads", type=int, default=8, help="attention heads")
-    shape.add_argument("--vocab_size", type=int, default=2048, help="largest size of the tokenizer trained on the data")
-    how = parser.add_argument_group("how to train")
-    how.add_argument("--max_steps", type=int, default=3000, help="training steps")
-    how.add_argument("--epochs", type=float, help="passes over the training data, instead of --max_steps")
-    how.add_argument("--batch_size", type=int, default=64, help="examples a step")
-    how.add_argument("--optimizer", choices=("muon", "adamw"), help="default: muon; adamw with --init_from")
-    how.add_argument("--lr", type=float, help="peak learning rate of AdamW; default: 3e-3; 2e-5 with --init_from")
-    how.add_argument("--muon_lr", type=float, default=0.015, help="peak learning rate of Muon")
-    how.add_argument("--weight_decay", type=float, default=0.0, help="of AdamW")
-    how.add_argument("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
-    how.add_argument("--warmup", type=float, default=0.03, help="fraction of the steps over which the learning rate rises")
-    how.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear", help="the learning rate after the warm-up")
-    how.add_argument("--decay", type=float, default=0.5, help="with --schedule linear: the fraction of the steps over which it falls to 0")
-    how.add_argument("--seed", type=int, default=0, help="of weights, data and order")
-    how.add_argument("--device", help="cuda, mps or cpu; default: the first of these that is there")
-    how.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the matrix multiplications; default: bfloat16 on cuda, else float32")
-    how.add_argument("--save_every", type=int, default=500, help="steps between checkpoints")
-    how.add_argument("--no_eval", action="store_true", help="do not evaluate at the end")
+    """Read the flags, refuse what makes no sense, and fill in what depends on other flags or on the machine."""
+    parser = make_parser()
     args = parser.parse_args()
-    for name in ("n_gist", "max_steps"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name} must be 0 or more")
-    for name in ("batch_size", "max_length", "max_target", "d_model", "n_layers", "n_heads", "vocab_size", "save_every"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be 1 or more")
+    if args.init_from:
+        args.arch = "t5" if data.read_config(args.init_from).get("model_type") == "t5" else "llama"
+    llama = args.arch == "llama"
+    args.out_dir = args.out_dir or f"out/{args.arch}-{args.condition}-{args.n_gist}"
+    defaults = dict(max_length=512 if llama else 128, n_layers=4 if llama else 3, n_heads=8 if llama else 4,
+                    optimizer="adamw" if args.init_from else "muon", lr=2e-5 if args.init_from else 3e-3)
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name, least in dict(n_gist=0, max_steps=0, batch_size=1, max_length=1, max_target=1, d_model=1, n_layers=1, n_heads=1,
+                            vocab_size=1, save_every=1).items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name} must be {least} or more")
+    for name in ("lr", "muon_lr", "grad_clip", "decay", "epochs"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            parser.error(f"--{name} must be more than 0")
     if args.d_model % (2 * args.n_heads):
         parser.error("--d_model must be an even multiple of --n_heads")
+    args.device = find_device(args.device)
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return args
 
 
@@ -244,19 +263,6 @@ def find_device(name: str | None = None) -> str:
     if name and name.split(":")[0] not in here:
         raise data.DataError(f"--device {name}: not on this machine, which has {', '.join(here)}")
     return name or here[0]
-
-
-def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
-    """Fill in what depends on other flags or on the machine."""
-    if args.init_from:
-        args.arch = "t5" if data.read_config(args.init_from).get("model_type") == "t5" else "llama"
-    args.out_dir = args.out_dir or f"out/{args.arch}-{args.condition}-{args.n_gist}"
-    args.max_length = args.max_length or (512 if args.arch == "llama" else 128)
-    args.device = find_device(args.device)
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    args.optimizer = args.optimizer or ("adamw" if args.init_from else "muon")
-    args.lr = args.lr or (2e-5 if args.init_from else 3e-3)
-    return args
 
 
 def check_out_dir(args: argparse.Namespace) -> dict | None:
@@ -289,7 +295,7 @@ def open_out_dir(out_dir: Path, resumed_at: int | None) -> None:
 def make_model(args: argparse.Namespace, records: list[dict]):
     """The model and the tokenizer: from --init_from, or new, the tokenizer trained on the training text."""
     if args.init_from:
-        model, tokenizer = data.load_model(args.init_from, device=args.device)
+        model, tokenizer = data.load_model(args.init_from, base=args.base, device=args.device)
         if tokenizer is None:
             raise data.DataError(f"{args.init_from}: has no tokenizer file; put the model's tokenizer.model or tokenizer.json there")
         if "gisting" not in data.read_config(args.init_from):
@@ -307,7 +313,7 @@ def make_model(args: argparse.Namespace, records: list[dict]):
 
 
 def main() -> None:
-    args = with_defaults(parse_args())
+    args = parse_args()
     began = time.time()
     state = check_out_dir(args)
     records = data.load_instructions(args.data, args.seed)["train"]
