@@ -4,8 +4,10 @@ Text becomes token ids here, with the gist tokens between prompt and input. The 
 joined as ids, so that the prompt's tokens never depend on the input:
 
     LLaMA   <s> "Instruction: {instruction}" <G>...<G> "Input: {input}\\nOutput:" "{output}" </s>
+    T5      source: "Instruction: {instruction}" <G>...<G> "Input: {input}" </s>      target: "{output}" </s>
 
-An example without an input has just "Output:". With LLaMA's tokenizer this gives the paper's own token counts.
+An example without an input has just "Output:" (T5: nothing) after the gist. With LLaMA's tokenizer this gives the paper's own
+token counts.
 """
 import base64
 import ctypes
@@ -113,7 +115,7 @@ truck watch water wheel window wolf
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
 ORDINALS = "first second third".split()
 LISTS = ("the list", "this list", "the list of words", "the list below")
-STEPS = ("reverse", "first to end", "swap ends", "drop first", "drop last", "prepend", "append", "set nth")    # of a two-step instruction
+STEPS = ("reverse", "first to end", "drop first", "drop last", "prepend", "append")    # of a two-step instruction
 
 
 @dataclass
@@ -132,9 +134,9 @@ def _join(w: list[str], glue: str) -> list[str]:
     return [x for word in w for x in (word, glue)][:-1]
 
 
-def _near(w: list[str], a: str, step: int) -> list[str]:
-    i = w.index(a) + step if a in w else -1
-    return [w[i]] if 0 <= i < len(w) else ["nothing"]
+def _word_after(w: list[str], a: str) -> list[str]:
+    after = w[w.index(a) + 1:] if a in w else []
+    return after[:1] or ["nothing"]
 
 
 @dataclass
@@ -203,7 +205,7 @@ FAMILIES = {
                         "Answer {b} when you see {a} and {c} when you do not.", "With {a} in the list say {b}, without it say {c}.", compares=True),
     "which": _family(lambda w, a, b, c, n: [a if a in w else b], "Which is in the list, {a} or {b}?", "Say which of {a} and {b} is there.",
                      "Is it {a} or {b} that the list has?", "Find {a} or {b} and write the one that you found.", compares=True),
-    "next": _family(lambda w, a, b, c, n: _near(w, a, 1), "Which word comes after {a}?", "Write the word behind {a}.",
+    "next": _family(lambda w, a, b, c, n: _word_after(w, a), "Which word comes after {a}?", "Write the word behind {a}.",
                     "Find {a} and say the next word.", "What follows {a} in the list?", compares=True),
 }
 
@@ -220,11 +222,12 @@ def _one_step(rng: random.Random, name: str) -> Task:
     return Task(template.format(**slots), name, lambda w: family.apply(w, *words, n), words[0] if family.compares else None)
 
 
-def make_task(rng: random.Random) -> Task:
-    """Draw an instruction: 18 % look for a word in the list, 8 % have two steps."""
+def make_task(rng: random.Random, compares: float = 0.18, two_steps: float = 0.08) -> Task:
+    """Draw an instruction: the share `compares` looks for a word in the list, the share `two_steps` has two steps."""
     kind = rng.random()
-    if kind < 0.92:
-        return _one_step(rng, rng.choice([name for name, family in FAMILIES.items() if family.compares == (kind < 0.18)]))
+    if kind >= two_steps:
+        wanted = kind < two_steps + compares
+        return _one_step(rng, rng.choice([name for name, family in FAMILIES.items() if family.compares == wanted]))
     first, second = (_one_step(rng, rng.choice(STEPS)) for _ in range(2))
     text = f"{first.text[:-1]}, then {second.text[0].lower()}{second.text[1:]}"
     return Task(text, "two steps", lambda w: second.solve(first.solve(w)), None)
@@ -252,19 +255,23 @@ def is_held_out(instruction: str) -> bool:
 def builtin(n_train: int = 100_000, n_valid: int = 500, seed: int = 0) -> dict[str, list[dict]]:
     """The built-in data set, generated: unseen instructions never occur in training, seen ones do, with other inputs.
 
-    `human` is written by hand in free phrasing (assets/human.json): no template makes these instructions.
+    Training asks for what is hard to learn, comparing and two steps, twice as often as the validation splits do. `human` is written
+    by hand in free phrasing (assets/human.json): no template makes these instructions.
     """
     rng = random.Random(seed)
     data: dict[str, list[dict]] = {"train": [], "seen": [], "unseen": []}
-    tasks = []
-    while len(data["train"]) < n_train or len(data["unseen"]) < n_valid:
+    trained: dict[str, list[Task]] = {}                                   # family -> tasks of the training set
+    while len(data["train"]) < n_train:
+        task = make_task(rng, compares=0.36, two_steps=0.16)
+        if not is_held_out(task.text) and (record := make_record(task, rng)):
+            data["train"].append(record)
+            trained.setdefault(task.family, []).append(task)
+    while len(data["unseen"]) < n_valid:
         task = make_task(rng)
-        split, enough = ("unseen", n_valid) if is_held_out(task.text) else ("train", n_train)
-        if len(data[split]) < enough and (record := make_record(task, rng)):
-            data[split].append(record)
-            tasks += [task] if split == "train" else []
+        if is_held_out(task.text) and (record := make_record(task, rng)):
+            data["unseen"].append(record)
     while len(data["seen"]) < n_valid:
-        if record := make_record(rng.choice(tasks), rng):
+        if (tasks := trained.get(make_task(rng).family)) and (record := make_record(rng.choice(tasks), rng)):
             data["seen"].append(record)
     data["human"] = read_records(Path(__file__).parent / "assets" / "human.json")
     return data

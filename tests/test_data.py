@@ -2,6 +2,7 @@
 import json
 import random
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_guessing_without_the_instruction_fails(builtin):
     answers = [by_place(r) for r in builtin["train"]]
     for length in (3, 4, 5):
         mine = [a for a in answers if a[0] == length]
-        assert max(map(mine.count, set(mine))) < 0.15 * len(mine)
+        assert Counter(mine).most_common(1)[0][1] < 0.15 * len(mine)
 
 
 def test_human_instructions_use_words_that_training_holds(builtin):
@@ -116,6 +117,8 @@ def test_two_steps_are_done_one_after_the_other():
              "reverse": lambda w: w[::-1], "drop the first": lambda w: w[1:], "drop the last": lambda w: w[:-1]}
     known = 0
     for task in tasks:
+        if task.text.count(", then ") > 1:                   # "Write fox, then the list, then ..."
+            continue
         first, second = ([f for start, f in steps.items() if step.startswith(start)] for step in task.text.split(", then "))
         if first and second:
             known += 1
