@@ -301,7 +301,8 @@ def layout(record: dict, tokenizer, n_gist: int, arch: str = "llama") -> Example
     output = ids(record["output"]) + [tokenizer.eos_id]
     if arch == "t5":
         return Example(prompt, ids(given) + [tokenizer.eos_id], output, record)
-    return Example([tokenizer.bos_id] + prompt, ids(given + "\nOutput:"), output, record)
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return Example(start + prompt, ids(given + "\nOutput:"), output, record)
 
 
 def make_examples(records: list[dict], tokenizer, n_gist: int, arch: str = "llama", max_length: int = 512,

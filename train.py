@@ -141,11 +141,11 @@ def train(model, examples: list[data.Example], tokenizer, args, save: Callable[[
             batch = {k: v.to(args.device) for k, v in data.collate([examples[i] for i in rows], tokenizer.pad_id, args.arch).items()}
             with torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16"):
                 loss = batch_loss(model, batch, tokenizer.gist_id, args.condition) / (batch["targets"] != IGNORE).sum()
-            if not torch.isfinite(loss):
-                raise data.DataError(f"the loss is {loss.item()} at step {step + 1}: stopped; try a smaller --lr. The last good checkpoint "
-                                     f"is in {args.out_dir}")
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+            if not (loss.isfinite() and norm.isfinite()):
+                raise data.DataError(f"at step {step + 1} the loss is {loss.item()} and the gradient's norm {norm.item()}: stopped; try a smaller "
+                                     f"--lr. The last checkpoint in {args.out_dir} is still good")
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * lr_factor(step, args)
@@ -332,7 +332,7 @@ def main() -> None:
 
     optimizers = make_optimizers(model, args)
     out_dir = Path(args.out_dir)
-    open_out_dir(out_dir, state["step"] if state else None)
+    open_out_dir(out_dir, resumed_at=state["step"] if state else None)
     if state:
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -346,7 +346,10 @@ def main() -> None:
         data.save_model(out_dir, model, tokenizer, extra={**vars(args), "steps": step, "seconds": round(seconds, 1)})
         draw_loss(out_dir)
 
-    train(model, examples, tokenizer, args, save, optimizers, start=state["step"] if state else 0)
+    start = state["step"] if state else 0
+    if start >= args.max_steps:                        # nothing to train; what there is can still be evaluated
+        save(start)
+    train(model, examples, tokenizer, args, save, optimizers, start)
     if not args.no_eval:
         sys.exit(subprocess.call([sys.executable, str(Path(__file__).with_name("eval.py")), "run", args.out_dir, "--device", args.device]))
 

@@ -10,6 +10,7 @@ import torch
 
 import data
 import eval as evaluation
+import gist_mask
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -52,14 +53,11 @@ def test_a_run_leaves_all_its_files_and_a_table(run):
     assert "exact match" in done.stdout and "unseen" in done.stdout
 
 
-def test_the_same_seed_gives_the_same_weights_and_a_resumed_run_too(run, folder, tmp_path):
+def test_the_same_seed_gives_the_same_weights(run, folder, tmp_path):
     out, _ = run
     flags = [*SMALL, "--data", folder, "--out_dir", tmp_path / "again", "--n_gist", 2, "--save_every", 4, "--no_eval"]
     assert command("train.py", *flags, "--max_steps", 6).returncode == 0
-    weights = (out / "model.safetensors").read_bytes()
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == weights
-    state = torch.load(tmp_path / "again" / "train_state.pt", weights_only=True)
-    assert state["step"] == 6
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
 def test_a_run_cut_short_is_resumed_to_the_same_weights(run, folder, tmp_path, monkeypatch):
@@ -102,16 +100,26 @@ def test_run_and_score_agree(run, folder):
     assert f"{100 * metrics['rougeL']:7.3f}" in scored.stdout
 
 
-@pytest.mark.parametrize("condition", ["gist", "pos_control", "neg_control"])
-def test_answers_are_those_of_a_whole_pass_under_the_conditions_mask(run, folder, condition):
-    """The evaluation reads each part by itself; the mask is what training saw."""
-    import gist_mask
-    model, tokenizer = data.load_model(run[0])
-    examples, _ = data.make_examples(data.load_instructions(str(folder))["unseen"], tokenizer, 2)
+@pytest.fixture(scope="module")
+def t5_run(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "t5-gist-2"
+    done = command("train.py", *SMALL, "--arch", "t5", "--data", folder, "--out_dir", out, "--n_gist", 2, "--max_steps", 6)
+    assert done.returncode == 0 and "unseen" in done.stdout, done.stderr
+    return out, done
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+@pytest.mark.parametrize("condition", gist_mask.CONDITIONS)
+def test_answers_are_those_of_a_whole_pass_under_the_conditions_mask(arch, condition, folder, request):
+    """The evaluation reads each part by itself; the masks are what training saw."""
+    out, _ = request.getfixturevalue("run" if arch == "llama" else "t5_run")
+    model, tokenizer = data.load_model(out)
+    examples, _ = data.make_examples(data.load_instructions(str(folder))["unseen"], tokenizer, 2, arch)
     tokens, valid = data.pad([e.prompt + e.input for e in examples], tokenizer.pad_id)
-    mask = gist_mask.decoder_mask(tokens, tokenizer.gist_id, condition, valid)
+    masks = [gist_mask.decoder_mask] if arch == "llama" else [gist_mask.encoder_mask, gist_mask.cross_mask]
+    masks = [make(tokens, tokenizer.gist_id, condition, valid) for make in masks]
     there = gist_mask.positions(tokens, tokenizer.gist_id)
-    expected = model.generate(tokens, valid, mask, there, max_new_tokens=8, eos_id=tokenizer.eos_id)
+    expected = model.generate(tokens, valid, *masks, there, max_new_tokens=8, eos_id=tokenizer.eos_id)
     assert evaluation.answer(model, tokenizer, examples, condition, 2, 8) == [tokenizer.decode(ids).strip() for ids in expected]
 
 
@@ -127,10 +135,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(folder
     monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--data", str(folder), "--out_dir", str(tmp_path / "nan"), "--save_every", "2"])
     with pytest.raises(SystemExit) as stop:
         data.run(train.main)
-    assert stop.value.code == 2 and "nan at step 6" in capsys.readouterr().err
+    assert stop.value.code == 2 and "at step 6 the loss is nan" in capsys.readouterr().err
     assert torch.load(tmp_path / "nan" / "train_state.pt", weights_only=True)["step"] == 4
     model, _ = data.load_model(tmp_path / "nan")
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_no_steps_leave_a_model_that_can_be_evaluated(folder, tmp_path):
+    done = command("train.py", *SMALL, "--data", folder, "--out_dir", tmp_path / "none", "--max_steps", 0)
+    assert done.returncode == 0 and json.loads((tmp_path / "none" / "metrics.json").read_text())["steps"] == 0, done.stderr
 
 
 @pytest.mark.parametrize("script, args, says", [
