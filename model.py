@@ -291,14 +291,11 @@ class Llama(nn.Module):
         caching). Returns a `Cache` for `generate`; the next position is the number of gist tokens, whatever the prompt's length.
         """
         valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
-        is_gist = tokens == gist_id                                       # (B, T)
-        n_gist = int(is_gist[0].sum())
-        assert (is_gist.sum(dim=1) == n_gist).all(), "every row needs the same number of gist tokens"
-        positions = torch.arange(tokens.shape[1], device=tokens.device) - is_gist.int().argmax(dim=1, keepdim=True)
+        positions, columns = locate_gist(tokens, gist_id)
         cache = self.empty_cache(*tokens.shape)
         self.hidden(tokens, causal_mask(cache.valid, valid), positions, cache)
         cache.valid, cache.positions = valid, positions
-        return cache.select(is_gist.nonzero()[:, 1].view(-1, n_gist)) if keep == "gist" else cache
+        return cache.select(columns) if keep == "gist" else cache
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, valid: Tensor | None = None, mask: Tensor | None = None, positions: Tensor | None = None,
@@ -338,6 +335,15 @@ class Llama(nn.Module):
             cache.valid = F.pad(cache.valid, (0, 1), value=True)
             cache.positions = torch.cat([cache.positions, position[:, None]], dim=1)
         return answers
+
+
+def locate_gist(tokens: Tensor, gist_id: int) -> tuple[Tensor, Tensor]:
+    """Where the gist stands: positions counted from every row's first gist token (B, T), and the gist's columns (B, n_gist), int64."""
+    is_gist = tokens == gist_id                                           # (B, T)
+    n_gist = int(is_gist[0].sum())
+    assert (is_gist.sum(dim=1) == n_gist).all(), "every row needs the same number of gist tokens"
+    positions = torch.arange(tokens.shape[1], device=tokens.device) - is_gist.int().argmax(dim=1, keepdim=True)
+    return positions, is_gist.nonzero()[:, 1].view(len(tokens), n_gist)
 
 
 def causal_mask(cached: Tensor, valid: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import IGNORE, Cache, RMSNorm, sample
+from model import IGNORE, Cache, RMSNorm, locate_gist, sample
 
 KeysValues = tuple[Tensor, Tensor]       # two of (B, H, S, K)
 
@@ -286,14 +286,11 @@ class T5(nn.Module):
         under which the encoder's prompt depends on the input, so that no cache of it could be exact.
         """
         valid = torch.ones_like(source, dtype=torch.bool) if valid is None else valid
-        is_gist = source == gist_id                                       # (B, T)
-        n_gist = int(is_gist[0].sum())
-        assert (is_gist.sum(dim=1) == n_gist).all(), "every row needs the same number of gist tokens"
-        positions = torch.arange(source.shape[1], device=source.device) - is_gist.int().argmax(dim=1, keepdim=True)
+        positions, columns = locate_gist(source, gist_id)
         past = self.room(self.config.n_layers, *source.shape)
         hidden = self.encoder(self.embedding(source), positions, valid[:, None, None], past)
         cache = Cache(*past, valid, positions, hidden)
-        return cache.select(is_gist.nonzero()[:, 1].view(-1, n_gist)) if keep == "gist" else cache
+        return cache.select(columns) if keep == "gist" else cache
 
     @torch.no_grad()
     def generate(self, source: Tensor, valid: Tensor | None = None, mask: Tensor | None = None, cross: Tensor | None = None,
