@@ -1,7 +1,8 @@
 """Answer, score and compare: what a gist model keeps of its prompts, beside its controls.
 
-    python eval.py run out/gist-1 out/pos_control-1    # greedy answers on every split, metrics.json, one table
-    python eval.py score out/gist-1/outputs-*.csv      # ROUGE and exact match of any outputs file
+    python eval.py run out/llama-gist-1 out/llama-pos_control-1   # greedy answers on every split, metrics.json, one table
+    python eval.py score out/llama-gist-1/outputs-*.csv           # ROUGE and exact match of any outputs file
+    python eval.py compress out/llama-gist-1 --instruction "..."  # compress a prompt once, and answer from its gist
 
 How a model answers shows what each condition sees. `gist`: the prompt is compressed into the cache of its gist tokens, and the
 answer comes from this cache and the input alone. `pos_control`: prompt and input are read together. `neg_control`: only the input.
@@ -25,8 +26,6 @@ from tqdm import tqdm
 import data
 from model import IGNORE
 from train import batch_loss, find_device
-
-METRICS = ("exact_match", "rougeL", "loss")         # the columns of the table
 
 
 # ---- ROUGE ----
@@ -193,9 +192,9 @@ def answer(model, tokenizer, examples: list[data.Example], condition: str, n_gis
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, records: list[dict], run: dict, batch_size: int, max_length: int, max_new_tokens: int | None, name: str):
-    """Loss and answers of a split. Returns the mean loss per output token, the examples, and an answer for each."""
-    examples, _ = data.make_examples(records, tokenizer, run["n_gist"], run["arch"], max_length, run["max_target"])
+def evaluate(model, tokenizer, examples: list[data.Example], run: dict, batch_size: int, max_new_tokens: int | None,
+             name: str) -> tuple[float, list[str]]:
+    """The mean loss per output token of a split (nats), and an answer to every example. run: the flags that it was trained with."""
     lengths = [len(e) for e in examples]
     max_new_tokens = max_new_tokens or max(len(e.output) for e in examples)
     answers, loss, labels = [""] * len(examples), 0.0, 0
@@ -212,7 +211,7 @@ def evaluate(model, tokenizer, records: list[dict], run: dict, batch_size: int, 
             answers[i] = text
         bar.update(len(rows))
     bar.close()
-    return loss / max(labels, 1), examples, answers
+    return loss / labels, answers
 
 
 def score(pairs: list[tuple[str, str]]) -> dict[str, float]:
@@ -243,11 +242,13 @@ def run_one(path: str, args) -> dict:
     splits = data.load_instructions(args.data or config["data"], config["seed"])
     metrics = {key: config[key] for key in ("condition", "n_gist", "arch", "steps", "seconds")}
     for split in data.SPLITS:
-        records = splits[split][:args.limit]
-        if not records:
+        examples, skipped = data.make_examples(splits[split][:args.limit], tokenizer, config["n_gist"], config["arch"],
+                                               args.max_length or config["max_length"], config["max_target"])
+        if skipped:
+            print(f"{path} {split}: {skipped} examples skipped, their output was cut off; raise --max_length", file=sys.stderr)
+        if not examples:
             continue
-        loss, examples, answers = evaluate(model, tokenizer, records, config, args.batch_size, args.max_length or config["max_length"],
-                                           args.max_new_tokens, f"{path} {split}")
+        loss, answers = evaluate(model, tokenizer, examples, config, args.batch_size, args.max_new_tokens, f"{path} {split}")
         rows = [(as_text(e.record), text, e.record["output"]) for e, text in zip(examples, answers)]
         write_outputs(Path(path) / f"outputs-{split}.csv", rows)
         metrics[split] = score([(text, truth) for _, text, truth in rows]) | {"loss": loss}
@@ -284,7 +285,11 @@ def print_table(rows: list[tuple[str, str, dict]]) -> None:
 
 def run(args) -> None:
     results = [(path, run_one(path, args)) for path in args.runs]
-    print_table([(path, split, m[split]) for path, m in results for split in data.SPLITS if split in m])
+    rows = [(path, split, m[split]) for path, m in results for split in data.SPLITS if split in m]
+    if not rows:
+        print("nothing to evaluate: the data has no validation file, or --max_length cuts all outputs off", file=sys.stderr)
+        return
+    print_table(rows)
     families = [(path, m["unseen"]["families"]) for path, m in results if "families" in m.get("unseen", {})]
     if families:
         print("\nexact match on unseen instructions by family (* looks for a word in the list):")

@@ -141,6 +141,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(folder
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_data_without_validation_files_trains_all_the_same(folder, tmp_path):
+    (tmp_path / "train.json").write_text((folder / "a_train.json").read_text().splitlines()[0])
+    done = command("train.py", *SMALL, "--data", tmp_path, "--out_dir", tmp_path / "run", "--max_steps", 1)      # one example, too
+    assert done.returncode == 0 and "nothing to evaluate" in done.stderr, done.stderr
+
+
 def test_no_steps_leave_a_model_that_can_be_evaluated(folder, tmp_path):
     done = command("train.py", *SMALL, "--data", folder, "--out_dir", tmp_path / "none", "--max_steps", 0)
     assert done.returncode == 0 and json.loads((tmp_path / "none" / "metrics.json").read_text())["steps"] == 0, done.stderr
