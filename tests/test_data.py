@@ -30,7 +30,7 @@ def record(instruction="Say a.", given="b c", output="a"):
 
 @pytest.fixture(scope="module")
 def builtin():
-    return data.builtin(n_train=40_000)
+    return data.builtin()
 
 
 def test_unseen_instructions_are_not_in_training_and_seen_ones_are_with_other_inputs(builtin):
