@@ -26,7 +26,7 @@ import zipfile
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from typing import Callable, Iterable
 
 import sentencepiece
 import tiktoken
@@ -813,8 +813,8 @@ def claim(found: dict[str, list[Tensor]], model: Llama | T5, folder: Path, meta:
         if not fits([list(p.shape) for p in parts[name]], list(weight.shape)) or not all(p.dtype in DTYPES.values() for p in parts[name]):
             raise DataError(f"{folder}: tensor {theirs} is {' + '.join(f'{p.dtype} {list(p.shape)}' for p in parts[name])}, but the configuration "
                             f"asks for {list(weight.shape)}; use the config.json or params.json that belongs to the weights")
-    table = next(iter(parts.values()))
-    if tied and not torch.equal(found.pop("lm_head.weight", table)[0], table[0]):
+    head = found.pop("lm_head.weight", None) if tied else None
+    if head is not None and not torch.equal(head[0], next(iter(parts.values()))[0]):
         raise DataError(f"{folder}: lm_head.weight is not the embedding, to which the configuration ties it; set tie_word_embeddings to false")
     if odd := [name for name in sorted(found) if not re.fullmatch(IGNORED, name)]:
         raise DataError(f"{folder}: tensor {odd[0]} has no place in the model ({len(odd)} such in all); only plain LLaMA and T5 are supported")
@@ -947,9 +947,12 @@ def write_file(file: Path, content: bytes | Iterable[bytes]) -> None:
 
 def save_state(file: Path, state: dict) -> None:
     """Write what `torch.load(file, weights_only=True)` reads again: tensors, numbers, strings, and dicts and lists of them."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_file(file, buffer.getvalue())
+    temporary = file.with_name(file.name + ".tmp")
+    with open(temporary, "wb") as f:                                      # as write_file, but never in memory as a whole
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, file)
 
 
 def model_id(model: Llama | T5) -> str:

@@ -5,7 +5,6 @@ import re
 from collections import Counter
 
 import pytest
-import torch
 
 import data
 from model import IGNORE

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import profile
-from model import PRESETS, Cache, Llama, LlamaConfig
+from model import Llama, LlamaConfig
 from t5 import T5, T5Config
 
 ROOT = Path(__file__).parent.parent
