@@ -23,6 +23,7 @@ import re
 import sys
 import unicodedata
 import zipfile
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
@@ -141,11 +142,12 @@ def _word_after(w: list[str], a: str) -> list[str]:
 
 @dataclass
 class Task:
-    """One instruction: its text, its family, what it does to a list of words, and the word that it looks for, if any."""
+    """One instruction: its text, its family, what it does to a list of words, the word that it looks for, if any, and how many it names."""
     text: str
     family: str
     solve: Callable[[list[str]], list[str]]
     looks_for: str | None
+    n_words: int
 
 
 FAMILIES = {
@@ -210,8 +212,6 @@ FAMILIES = {
 }
 
 
-
-
 def _one_step(rng: random.Random, name: str) -> Task:
     """Fill one template of a family with words and numbers."""
     family, words = FAMILIES[name], rng.sample(WORDS, 3)
@@ -219,7 +219,8 @@ def _one_step(rng: random.Random, name: str) -> Task:
     number, place = rng.choice((2, 3)), rng.randrange(len(ORDINALS))
     slots = dict(zip("abc", words), n=NUMBERS[number], nth=ORDINALS[place], list=rng.choice(LISTS))
     n = place if "{nth}" in family.templates[0] else number
-    return Task(template.format(**slots), name, lambda w: family.apply(w, *words, n), words[0] if family.compares else None)
+    return Task(template.format(**slots), name, lambda w: family.apply(w, *words, n), words[0] if family.compares else None,
+                sum(f"{{{slot}}}" in template for slot in "abc"))
 
 
 def make_task(rng: random.Random, compares: float = 0.18, two_steps: float = 0.08) -> Task:
@@ -230,7 +231,7 @@ def make_task(rng: random.Random, compares: float = 0.18, two_steps: float = 0.0
         return _one_step(rng, rng.choice([name for name, family in FAMILIES.items() if family.compares == wanted]))
     first, second = (_one_step(rng, rng.choice(STEPS)) for _ in range(2))
     text = f"{first.text[:-1]}, then {second.text[0].lower()}{second.text[1:]}"
-    return Task(text, "two steps", lambda w: second.solve(first.solve(w)), None)
+    return Task(text, "two steps", lambda w: second.solve(first.solve(w)), None, first.n_words + second.n_words)
 
 
 def make_record(task: Task, rng: random.Random) -> dict | None:
@@ -244,7 +245,7 @@ def make_record(task: Task, rng: random.Random) -> dict | None:
         return None
     if not 0 < len(answer) <= 12:
         return None
-    return {"instruction": task.text, "input": " ".join(words), "output": " ".join(answer), "source": task.family}
+    return {"instruction": task.text, "input": " ".join(words), "output": " ".join(answer), "source": task.family, "n_words": task.n_words}
 
 
 def is_held_out(instruction: str) -> bool:
@@ -291,12 +292,18 @@ class Example:
         return len(self.prompt) + len(self.input) + len(self.output)
 
 
-def layout(record: dict, tokenizer, n_gist: int, arch: str = "llama") -> Example:
-    """Tokenize the three parts of a record, each by itself, and put n_gist gist tokens at the end of the prompt."""
+def layout(record: dict, tokenizer, n_gist: int, arch: str = "llama", idf: dict[str, float] | None = None) -> Example:
+    """Tokenize the three parts of a record, each by itself, and put n_gist gist tokens at the end of the prompt.
+
+    With `idf` (see `inverse_frequencies`) the instruction is replaced by its n_gist most informative words, and nothing is put behind it.
+    """
     def ids(text: str) -> list[int]:
         return tokenizer.encode(tokenizer.prefix + text.strip()) if text.strip() else []
 
-    prompt = ids("Instruction: " + record["instruction"].strip()) + [tokenizer.gist_id] * n_gist
+    instruction = record["instruction"].strip()
+    if idf is not None:
+        instruction, n_gist = keywords(instruction, idf, n_gist), 0
+    prompt = ids("Instruction: " + instruction) + [tokenizer.gist_id] * n_gist
     given = "Input: " + record["input"].strip() if record["input"].strip() else ""
     output = ids(record["output"]) + [tokenizer.eos_id]
     if arch == "t5":
@@ -306,7 +313,7 @@ def layout(record: dict, tokenizer, n_gist: int, arch: str = "llama") -> Example
 
 
 def make_examples(records: list[dict], tokenizer, n_gist: int, arch: str = "llama", max_length: int = 512,
-                  max_target: int = 256) -> tuple[list[Example], int]:
+                  max_target: int = 256, idf: dict[str, float] | None = None) -> tuple[list[Example], int]:
     """Lay out all records, cut at the right as in the paper. Returns the examples and how many were skipped.
 
     LLaMA: prompt, input and output together have at most `max_length` tokens. T5: the source has at most `max_length`, the
@@ -314,7 +321,7 @@ def make_examples(records: list[dict], tokenizer, n_gist: int, arch: str = "llam
     """
     examples = []
     for record in records:
-        e = layout(record, tokenizer, n_gist, arch)
+        e = layout(record, tokenizer, n_gist, arch, idf)
         room = max(0, max_length - len(e.prompt))
         if arch == "t5" and len(e.input) > room:
             e.input = e.input[:max(0, room - 1)] + [tokenizer.eos_id]      # the source keeps its end
@@ -323,6 +330,26 @@ def make_examples(records: list[dict], tokenizer, n_gist: int, arch: str = "llam
         if e.input and e.output:
             examples.append(e)
     return examples, len(records) - len(examples)
+
+
+# The paper's discrete baseline: a prompt compressed into words instead of activations.
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def inverse_frequencies(records: list[dict]) -> dict[str, float]:
+    """idf(word) = log(N / number of instructions that have the word), over N different instructions."""
+    instructions = {record["instruction"] for record in records}
+    have = Counter(word for text in instructions for word in set(words_of(text)))
+    return {word: math.log(len(instructions) / n) for word, n in have.items()}
+
+
+def keywords(instruction: str, idf: dict[str, float], n: int) -> str:
+    """The n words of the highest TF-IDF, count in the instruction times idf, as they stand in it. A word that `idf` lacks is the rarest."""
+    words, rarest = words_of(instruction), max(idf.values(), default=0.0)
+    best = sorted(dict.fromkeys(words), key=lambda w: -words.count(w) * idf.get(w, rarest))[:n]
+    return " ".join(sorted(best, key=words.index))
 
 
 # ---- Batches ----

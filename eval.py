@@ -12,6 +12,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -21,9 +22,13 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # footgun: on a busy machine, threads that spin while they wait train ten times slower
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import data
+import gist_mask
 from model import IGNORE
 from train import batch_loss, find_device
 
@@ -181,7 +186,7 @@ def answer(model, tokenizer, examples: list[data.Example], condition: str, n_gis
 
     cache = None
     rows = [e.input for e in examples]
-    if condition == "pos_control" or n_gist == 0:
+    if condition in ("pos_control", "tfidf") or n_gist == 0:
         rows = [e.prompt + e.input for e in examples]
     elif condition == "gist":
         tokens, valid = tensors([e.prompt for e in examples])
@@ -234,16 +239,26 @@ def open_run(path: str, device: str | None) -> tuple:
     return model.eval(), tokenizer, config
 
 
+def open_gist_run(path: str, device: str | None) -> tuple:
+    """`open_run` for a model that was trained to compress. Raises data.DataError for any other."""
+    model, tokenizer, config = open_run(path, device)
+    if config["condition"] != "gist" or config["n_gist"] == 0:
+        raise data.DataError(f"{path}: was trained with condition {config['condition']} and {config['n_gist']} gist tokens, so it cannot compress; "
+                             "train one with train.py --n_gist 1")
+    return model, tokenizer, config
+
+
 # ---- eval.py run ----
 
 def run_one(path: str, args) -> dict:
     """Evaluate one run on every split that its data has: write outputs-<split>.csv and metrics.json, return the metrics."""
     model, tokenizer, config = open_run(path, args.device)
     splits = data.load_instructions(args.data or config["data"], config["seed"])
+    idf = data.inverse_frequencies(splits["train"]) if config["condition"] == "tfidf" else None
     metrics = {key: config[key] for key in ("condition", "n_gist", "arch", "steps", "seconds")}
     for split in data.SPLITS:
         examples, skipped = data.make_examples(splits[split][:args.limit], tokenizer, config["n_gist"], config["arch"],
-                                               args.max_length or config["max_length"], config["max_target"])
+                                               args.max_length or config["max_length"], config["max_target"], idf)
         if skipped:
             print(f"{path} {split}: {skipped} examples skipped, their output was cut off; raise --max_length", file=sys.stderr)
         if not examples:
@@ -253,17 +268,18 @@ def run_one(path: str, args) -> dict:
         write_outputs(Path(path) / f"outputs-{split}.csv", rows)
         metrics[split] = score([(text, truth) for _, text, truth in rows]) | {"loss": loss}
         if (args.data or config["data"]) == "builtin" and split != "human":
-            metrics[split]["families"] = by_family(examples, answers)
+            metrics[split]["families"] = by_group(examples, answers, "source")
+            metrics[split]["n_words"] = by_group(examples, answers, "n_words")
     data.write_file(Path(path) / "metrics.json", json.dumps(metrics, indent=1).encode())
     return metrics
 
 
-def by_family(examples: list[data.Example], answers: list[str]) -> dict[str, float]:
-    """Exact match of every family of the built-in instructions."""
+def by_group(examples: list[data.Example], answers: list[str], key: str) -> dict[str, float]:
+    """Exact match for every value of a key of the built-in records: `source`, their family, or `n_words`, the words that they name."""
     right: dict[str, list[bool]] = {}
     for e, text in zip(examples, answers):
-        right.setdefault(e.record["source"], []).append(text == e.record["output"])
-    return {family: sum(r) / len(r) for family, r in sorted(right.items())}
+        right.setdefault(str(e.record[key]), []).append(text == e.record["output"])
+    return {group: sum(r) / len(r) for group, r in sorted(right.items())}
 
 
 def write_outputs(file: Path, rows: list[tuple[str, str, str]]) -> None:
@@ -290,12 +306,12 @@ def run(args) -> None:
         print("nothing to evaluate: the data has no validation file, or --max_length cuts all outputs off", file=sys.stderr)
         return
     print_table(rows)
-    families = [(path, m["unseen"]["families"]) for path, m in results if "families" in m.get("unseen", {})]
-    if families:
-        print("\nexact match on unseen instructions by family (* looks for a word in the list):")
-        for name in families[0][1]:
+    groups = [m["unseen"] for _, m in results if "families" in m.get("unseen", {})]
+    for key, title in (("families", "family (* looks for a word in the list)"), ("n_words", "the number of words that they name")):
+        for i, name in enumerate(groups[0][key] if groups else []):
             star = "*" if name in data.FAMILIES and data.FAMILIES[name].compares else " "
-            print(f"  {name:18}{star}" + "".join(f"{100 * f[name]:8.1f}" for _, f in families))
+            print(f"\nexact match on unseen instructions by {title}:\n" * (i == 0)
+                  + f"  {name:18}{star}" + "".join(f"{100 * g[key].get(name, math.nan):8.1f}" for g in groups))
 
 
 # ---- eval.py score ----
@@ -326,11 +342,8 @@ def score_files(args) -> None:
 
 def compress(args) -> None:
     """Compress one instruction, answer every input from its gist, and show the answers from the whole prompt beside them."""
-    model, tokenizer, config = open_run(args.run, args.device)
+    model, tokenizer, config = open_gist_run(args.run, args.device)
     device, n_gist, arch = next(model.parameters()).device, config["n_gist"], config["arch"]
-    if config["condition"] != "gist" or n_gist == 0:
-        raise data.DataError(f"{args.run}: was trained with condition {config['condition']} and {n_gist} gist tokens, so it cannot compress; "
-                             "train one with train.py --n_gist 1")
     cache, instruction = data.load_cache(args.load, model, n_gist) if args.load else (None, args.instruction.strip())
     if not instruction:
         raise data.DataError("--instruction is empty: there is nothing to compress")
@@ -362,6 +375,158 @@ def size(n: int) -> str:
     return f"{n / 2**20:.2f} MiB" if n >= 2**20 else f"{n / 2**10:.2f} KiB"
 
 
+# ---- eval.py attention ----
+
+class RecordAttention(TorchFunctionMode):
+    """Under it, every attention that is computed leaves its weights, (B, H, T, S), in the list `weights`."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights: list[Tensor] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            q, k = args[0], args[1].repeat_interleave(args[0].shape[1] // args[1].shape[1], dim=1)     # (B, H, T, K), (B, H, S, K)
+            scores = q @ k.mT * kwargs.get("scale", q.shape[-1] ** -0.5)
+            mask = kwargs["attn_mask"]
+            bias = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else mask
+            self.weights.append((scores + bias).softmax(dim=-1))
+        return function(*args, **kwargs)
+
+
+def attention(args) -> None:
+    """Draw what the gist tokens look at in the prompt, layer by layer, and print the words nearest to what they end up as."""
+    model, tokenizer, config = open_gist_run(args.run, args.device)
+    prompt = data.layout({"instruction": args.instruction, "input": "", "output": ""}, tokenizer, config["n_gist"], config["arch"]).prompt
+    if not args.instruction.strip():
+        raise data.DataError("--instruction is empty: there is nothing to compress")
+    tokens = torch.tensor([prompt], device=next(model.parameters()).device)     # (1, T)
+    n_gist, table = config["n_gist"], data.embedding(model).weight              # (V, D)
+    with torch.no_grad(), RecordAttention() as record:
+        if config["arch"] == "llama":
+            mask = gist_mask.decoder_mask(tokens, tokenizer.gist_id)
+            hidden, table = model.hidden(tokens, mask, gist_mask.positions(tokens, tokenizer.gist_id)), model.output.weight
+        else:
+            hidden = model.compress(tokens, tokenizer.gist_id).hidden     # (1, n_gist, D)
+    rows = torch.cat([w[0, :, -n_gist:].mean(dim=0) for w in record.weights]).cpu()     # (L * n_gist, T), mean over the heads
+    words = [tokenizer.decode([i]).strip() or "·" for i in prompt[:-n_gist]] + ["<G>"] * n_gist
+    labels = [f"layer {i + 1}" + f", gist {g + 1}" * (n_gist > 1) for i in range(len(record.weights)) for g in range(n_gist)]
+    draw_attention(rows, words, labels, args.instruction, args.out)
+    print(f"wrote {args.out}\nnearest words to the last hidden state of the gist, by cosine:")
+    for g, state in enumerate(hidden[0, -n_gist:]):
+        near = F.cosine_similarity(state, table, dim=-1).topk(min(args.words, len(table)))
+        print(f"  gist {g + 1}  " + "   ".join(f"{tokenizer.decode([i]).strip() or '·'} {c:.2f}" for c, i in zip(near.values.tolist(), near.indices.tolist())))
+
+
+def draw_attention(rows: Tensor, words: list[str], labels: list[str], title: str, file: str) -> None:
+    """A heat map: a row for every gist token in every layer, a column for every token that it sees."""
+    figure, ax = new_figure(1 + 0.35 * len(words), 1.6 + 0.3 * len(labels))
+    image = ax.imshow(rows.numpy(), cmap="Reds", vmin=0, aspect="auto")
+    ax.set_xticks(range(len(words)), words, rotation=60, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_title(title, fontsize="medium")
+    figure.colorbar(image, label="attention, mean over heads")
+    save_figure(figure, file)
+
+
+# ---- eval.py plot ----
+
+COLOURS = {"gist": "tab:red", "pos_control": "tab:blue", "neg_control": "tab:gray", "tfidf": "tab:olive"}
+Runs = list[dict]        # contents of metrics.json files
+
+
+def read_metrics(path: str) -> dict:
+    """What `eval.py run` found for a run. Raises data.DataError."""
+    file = Path(path) / "metrics.json"
+    if not file.is_file():
+        raise data.DataError(f"{file}: no such file; make it with: python eval.py run {path}")
+    metrics = data.read_json(file)
+    if not {"condition", "n_gist", "arch"} <= metrics.keys() or not metrics.keys() & {*data.SPLITS}:
+        raise data.DataError(f"{file}: has no results; make it again with: python eval.py run {path}")
+    return metrics
+
+
+def run_name(m: dict) -> str:
+    return m["condition"] + (f" {m['n_gist']}" if m["condition"] in ("gist", "tfidf") else "")
+
+
+def draw_bars(ax, runs: Runs, metric: str) -> None:
+    """A group of bars for every split, in it a bar for every run: the paper's results figure."""
+    splits = [split for split in data.SPLITS if any(split in m for m in runs)]
+    for i, m in enumerate(runs):
+        values = [100 * m[split][metric] if split in m else math.nan for split in splits]
+        same = [other["n_gist"] for other in runs if other["condition"] == m["condition"]]
+        bars = ax.bar([x + (i + 0.5) * 0.8 / len(runs) - 0.4 for x in range(len(splits))], values, width=0.76 / len(runs),
+                      label=run_name(m), color=COLOURS[m["condition"]], alpha=1 - 0.6 * sorted(same).index(m["n_gist"]) / len(same))
+        ax.bar_label(bars, fmt="%.1f", fontsize="x-small")
+    ax.set_xticks(range(len(splits)), splits)
+
+
+def draw_n_gist(ax, runs: Runs, metric: str) -> None:
+    """A line for every split over the number of gist tokens; the controls are level lines."""
+    gist = sorted((m for m in runs if m["condition"] == "gist"), key=lambda m: m["n_gist"])
+    for split, colour in zip(data.SPLITS, ("tab:green", "tab:red", "tab:purple")):
+        at = [(str(m["n_gist"]), 100 * m[split][metric]) for m in gist if split in m]
+        if at:
+            ax.plot(*zip(*at), "o-", color=colour, label=f"gist, {split}")
+        for m in runs:
+            if split in m and m["condition"] in ("pos_control", "neg_control"):
+                ax.axhline(100 * m[split][metric], color=colour, linestyle={"p": "--", "n": ":"}[m["condition"][0]], linewidth=1,
+                           label=f"{m['condition']}, {split}")
+    ax.set_xlabel("n_gist")
+
+
+def draw_families(ax, runs: Runs, metric: str) -> None:
+    """What every kind of built-in instruction is answered with by every run: rows of one heat map, unseen instructions."""
+    runs = [m for m in runs if "families" in m.get("unseen", {})]
+    if not runs:
+        raise data.DataError("none of the runs was evaluated on the built-in data, which alone has families of instructions")
+    names = sorted(runs[0]["unseen"]["families"], key=lambda name: [m["unseen"]["families"].get(name, 0) for m in runs])
+    ax.imshow([[m["unseen"]["families"].get(name, math.nan) for m in runs] for name in names], cmap="RdYlGn", alpha=0.6,
+              vmin=0, vmax=1, aspect="auto")
+    for y, name in enumerate(names):
+        for x, m in enumerate(runs):
+            ax.text(x, y, f"{100 * m['unseen']['families'].get(name, math.nan):.0f}", ha="center", va="center", fontsize="small")
+    ax.set_yticks(range(len(names)), names)
+    ax.set_xticks(range(len(runs)), [run_name(m) for m in runs])
+    ax.set_xlabel("exact match, unseen instructions, %")
+
+
+def plot(args) -> None:
+    """Draw results into one picture, with a panel for every architecture."""
+    runs = [read_metrics(path) for path in args.runs]
+    archs = sorted({m["arch"] for m in runs})
+    draw, height = {"bars": (draw_bars, 4), "n_gist": (draw_n_gist, 4), "families": (draw_families, 8)}[args.kind]
+    figure, axes = new_figure(6 * len(archs), height, len(archs))
+    for arch, ax in zip(archs, axes if len(archs) > 1 else [axes]):
+        draw(ax, [m for m in runs if m["arch"] == arch], args.metric)
+        ax.set_title(arch)
+        if args.kind != "families":
+            ax.set(ylabel=f"{args.metric}, %", ylim=(0, None))
+            ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    save_figure(figure, args.out)
+    print(f"wrote {args.out}")
+
+
+def new_figure(width: float, height: float, panels: int = 1):
+    """A matplotlib figure with its panels side by side, for a file: no display is needed."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt.subplots(1, panels, figsize=(width, height), constrained_layout=True)
+
+
+def save_figure(figure, file: str) -> None:
+    """Write a picture under a temporary name, and rename it. Raises data.DataError."""
+    temporary = Path(file).with_name("tmp-" + Path(file).name)
+    try:
+        figure.savefig(temporary, dpi=120)
+        os.replace(temporary, file)
+    except (OSError, ValueError) as error:
+        raise data.DataError(f"--out {file}: cannot write the picture ({data.one_line(error)}); give a file like results.png") from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Answer, score and compare.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -387,6 +552,20 @@ def main() -> None:
     p.add_argument("--max_new_tokens", type=int, default=128, help="longest answer in tokens (%(default)s)")
     p.add_argument("--device", help="cuda, mps or cpu; default: the first of these that is there")
     p.set_defaults(call=compress)
+    p = commands.add_parser("attention", help="draw what the gist tokens attend to in an instruction, layer by layer")
+    p.add_argument("run", metavar="OUT_DIR", help="a directory that train.py --condition gist wrote")
+    p.add_argument("--instruction", required=True, help="what to compress")
+    p.add_argument("--out", metavar="FILE.png", default="attention.png", help="where to draw it (%(default)s)")
+    p.add_argument("--words", type=int, default=8, help="how many of the nearest words to print (%(default)s)")
+    p.add_argument("--device", help="cuda, mps or cpu; default: the first of these that is there")
+    p.set_defaults(call=attention)
+    p = commands.add_parser("plot", help="draw the results of runs, a panel for every architecture")
+    p.add_argument("runs", nargs="+", metavar="OUT_DIR", help="runs that eval.py run has evaluated")
+    p.add_argument("--kind", choices=("bars", "n_gist", "families"), default="bars",
+                   help="bars by split and condition, lines over n_gist, or a table of the built-in families (%(default)s)")
+    p.add_argument("--metric", choices=("exact_match", "rouge1", "rouge2", "rougeL"), default="rougeL", help="(%(default)s)")
+    p.add_argument("--out", metavar="FILE.png", default="results.png", help="where to draw it (%(default)s)")
+    p.set_defaults(call=plot)
     args = parser.parse_args()
     args.call(args)
 

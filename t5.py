@@ -37,8 +37,8 @@ class T5Config:
     d_model: int = 128
     n_layers: int = 3              # of the encoder
     n_decoder_layers: int = 3
-    n_heads: int = 4
-    head_dim: int = 32             # T5's d_kv; n_heads * head_dim need not be d_model
+    n_heads: int = 8
+    head_dim: int = 16             # T5's d_kv; n_heads * head_dim need not be d_model
     d_ff: int = 256
     n_buckets: int = 32
     max_distance: int = 128        # from here on, all distances are one bucket
@@ -204,8 +204,7 @@ class T5(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Random weights for training from scratch, T5's own: normal with deviation 1/sqrt(inputs), embeddings 1.
 
-        Queries start smaller by sqrt(K), which stands in for the scaling of attention. It needs small steps of wq, too: AdamW with
-        3e-3 is fine; Muon, whose steps have one size for all matrices, needs that size divided by sqrt(K) for wq, or hardly learns.
+        Queries start smaller by sqrt(K), which stands in for the scaling of attention.
         """
         for name, weight in self.named_parameters():
             if weight.ndim == 1:

@@ -6,7 +6,8 @@
     loss = - sum log p(output token | what the mask lets it see) / number of output tokens          (the paper's section 3)
 
 The gist tokens get no loss of their own: they learn to hold the prompt because the output cannot look past them. The two
-controls of the paper train the same way with other masks: `pos_control` sees the whole prompt, `neg_control` none of it.
+controls of the paper train the same way with other masks: `pos_control` sees the whole prompt, `neg_control` none of it. Its
+discrete baseline, `tfidf`, has no gist tokens: the prompt is shortened to its n_gist most informative words.
 
 A run leaves its checkpoint (Hugging Face layout), train_log.jsonl, loss.png and train_state.pt (for --resume) in --out_dir;
 then eval.py answers every validation split.
@@ -39,6 +40,7 @@ from t5 import T5, T5Config
 def batch_loss(model, batch: dict[str, Tensor], gist_id: int, condition: str) -> Tensor:
     """The cross-entropy of a batch (see `data.collate`), in nats, summed over its labels."""
     tokens, valid = batch["tokens"], batch["valid"]
+    condition = "pos_control" if condition == "tfidf" else condition      # nothing of the shortened prompt is hidden
     if isinstance(model, T5):
         mask, cross = (make(tokens, gist_id, condition, valid) for make in (gist_mask.encoder_mask, gist_mask.cross_mask))
         return model.loss(tokens, batch["targets"], mask, cross)
@@ -89,16 +91,22 @@ def orthogonalize(x: Tensor) -> Tensor:
 
 def make_optimizers(model, args) -> list[torch.optim.Optimizer]:
     """AdamW for all weights; or, with --optimizer muon, Muon for the layers' matrices and AdamW for the others."""
-    layers = {name: p for name, p in model.named_parameters() if "layers." in name and p.ndim == 2} if args.optimizer == "muon" else {}
-    others = [p for name, p in model.named_parameters() if name not in layers]
-    adamw = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    if not layers:
-        return [adamw]
-    # T5 does not divide attention by sqrt(K): its queries are that much smaller instead, and so are their steps.
+    if args.optimizer == "adamw":
+        return [torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)]
+    # T5's two peculiarities need other steps. Its position biases start near 0 and have to reach several units before a head
+    # finds a place. It does not divide attention by sqrt(K): its queries are that much smaller instead, and so are their steps.
     small = model.config.head_dim ** -0.5 if isinstance(model, T5) else 1.0
-    queries = [p for name, p in layers.items() if name.endswith("wq.weight")]
-    rest = [p for name, p in layers.items() if not name.endswith("wq.weight")]
-    return [adamw, Muon([{"params": rest}, {"params": queries, "lr": args.muon_lr * small}], lr=args.muon_lr)]
+    biases, queries, matrices, others = [], [], [], []
+    for name, p in model.named_parameters():
+        if "relative_bias" in name:
+            biases.append(p)
+        elif "layers." not in name or p.ndim != 2:
+            others.append(p)
+        else:
+            (queries if name.endswith("wq.weight") else matrices).append(p)
+    adamw = torch.optim.AdamW([{"params": others}, {"params": biases, "lr": 30 * args.lr}], lr=args.lr, betas=(0.9, 0.95),
+                              weight_decay=args.weight_decay)
+    return [adamw, Muon([{"params": matrices}, {"params": queries, "lr": args.muon_lr * small}], lr=args.muon_lr)]
 
 
 def lr_factor(step: int, args) -> float:
@@ -190,7 +198,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train a model to compress prompts into gist tokens, and evaluate it.")
     a = parser.add_argument_group("the method").add_argument
     a("--n_gist", type=int, default=1, metavar="N", help="gist tokens after the prompt (%(default)s)")
-    a("--condition", choices=gist_mask.CONDITIONS, default="gist", help="what the input sees: only the gist, all of the prompt, or nothing of it (gist)")
+    a("--condition", choices=(*gist_mask.CONDITIONS, "tfidf"), default="gist",
+      help="what the input sees of the prompt: the gist, everything, nothing, or its N words of highest TF-IDF instead (gist)")
     a("--arch", choices=("llama", "t5"), default="llama", help="decoder or encoder-decoder (llama); --init_from decides it by itself")
 
     a = (source := parser.add_argument_group("what to train on, and where to keep it")).add_argument
@@ -207,7 +216,7 @@ def make_parser() -> argparse.ArgumentParser:
     a = parser.add_argument_group("a model from random weights").add_argument
     a("--d_model", type=int, default=128, metavar="N", help="width (%(default)s)")
     a("--n_layers", type=int, metavar="N", help="layers (4; t5: 3 in the encoder and 3 in the decoder)")
-    a("--n_heads", type=int, metavar="N", help="attention heads (8; t5: 4)")
+    a("--n_heads", type=int, default=8, metavar="N", help="attention heads (%(default)s)")
     a("--vocab_size", type=int, default=2048, metavar="N", help="largest size of the tokenizer trained on the data (%(default)s)")
 
     a = parser.add_argument_group("how to train").add_argument
@@ -238,7 +247,7 @@ def parse_args() -> argparse.Namespace:
         args.arch = "t5" if data.read_config(args.init_from).get("model_type") == "t5" else "llama"
     llama = args.arch == "llama"
     args.out_dir = args.out_dir or f"out/{args.arch}-{args.condition}-{args.n_gist}"
-    defaults = dict(max_length=512 if llama else 128, n_layers=4 if llama else 3, n_heads=8 if llama else 4,
+    defaults = dict(max_length=512 if llama else 128, n_layers=4 if llama else 3,
                     optimizer="adamw" if args.init_from else "muon", lr=2e-5 if args.init_from else 3e-3)
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -318,7 +327,8 @@ def main() -> None:
     state = check_out_dir(args)
     records = data.load_instructions(args.data, args.seed)["train"]
     model, tokenizer = make_model(args, records)
-    examples, skipped = data.make_examples(records, tokenizer, args.n_gist, args.arch, args.max_length, args.max_target)
+    idf = data.inverse_frequencies(records) if args.condition == "tfidf" else None
+    examples, skipped = data.make_examples(records, tokenizer, args.n_gist, args.arch, args.max_length, args.max_target, idf)
     if not examples:
         raise data.DataError(f"{args.data}: all {skipped} training examples lose their output at --max_length {args.max_length}; raise it")
     if args.epochs:
