@@ -1012,9 +1012,12 @@ def load_cache(file: str | Path, model: Llama | T5, n_gist: int) -> tuple[Cache,
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main function; bad input ends it with one line and exit status 2."""
+    """Run a script's main function; bad input ends it with one line and exit status 2, Ctrl-C with 130."""
     try:
         main()
     except DataError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)

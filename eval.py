@@ -14,13 +14,21 @@ import io
 import json
 import math
 import os
+import random
 import re
 import sys
+import threading
+import urllib.error
+import urllib.request
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from functools import lru_cache
+from http.client import HTTPException, responses
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # footgun: on a busy machine, threads that spin while they wait train ten times slower
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -306,6 +314,11 @@ def run(args) -> None:
         print("nothing to evaluate: the data has no validation file, or --max_length cuts all outputs off", file=sys.stderr)
         return
     print_table(rows)
+    for path, m in results:
+        for control, c in results:
+            if c["condition"] == "pos_control" != m["condition"] and c["arch"] == m["arch"]:
+                for split in (s for s in data.SPLITS if s in m and s in c):
+                    print_agreement(f"{path}/outputs-{split}.csv", f"{control}/outputs-{split}.csv")
     groups = [m["unseen"] for _, m in results if "families" in m.get("unseen", {})]
     for key, title in (("families", "family (* looks for a word in the list)"), ("n_words", "the number of words that they name")):
         for i, name in enumerate(groups[0][key] if groups else []):
@@ -334,8 +347,237 @@ def read_outputs(file: str) -> list[dict]:
     return rows
 
 
+def read_pairs(file_a: str, file_b: str) -> list[tuple[dict, dict]]:
+    """The rows of two outputs files, side by side. Raises data.DataError if they do not answer the same questions."""
+    a, b = read_outputs(file_a), read_outputs(file_b)
+    for i, (row_a, row_b) in enumerate(zip(a, b), 1):
+        if (row_a["x"], row_a["y_true"]) != (row_b["x"], row_b["y_true"]):
+            raise data.DataError(f"{file_b}: row {i} is another example than in {file_a}; give two outputs files of the same split")
+    if len(a) != len(b):
+        raise data.DataError(f"{file_b}: {len(b)} rows, but {file_a} has {len(a)}; give two outputs files of the same split")
+    return list(zip(a, b))
+
+
+def print_agreement(file_a: str, file_b: str) -> None:
+    """How often two files give the same answer, and ROUGE-L between their answers."""
+    s = score([(a["y_pred"], b["y_pred"]) for a, b in read_pairs(file_a, file_b)])
+    print(f"{file_a}: {100 * s['exact_match']:.1f} % of {s['n']:,} answers are those of {file_b}; ROUGE-L between the two {100 * s['rougeL']:.3f}")
+
+
 def score_files(args) -> None:
     print_table([(file, "", score([(row["y_pred"], row["y_true"]) for row in read_outputs(file)])) for file in args.files])
+    for file in args.files if args.against else []:
+        print_agreement(file, args.against)
+
+
+# ---- eval.py judge ----
+#
+# A language model behind an OpenAI-compatible endpoint picks the better of two answers. The order in which it sees them is random.
+
+JUDGE = """Two assistants, A and B, were given the same task. Decide whose answer does it better: correct first, then complete, then to the point. \
+Which of them stands first, and which is longer, must not matter. If neither is better, call it a tie.
+Reply with a JSON object and nothing else: {"reason": "one short sentence", "choice": "A" or "B" or "tie"}"""
+RETRY = (408, 409, 425, 429)        # and 5xx: HTTP errors that may pass
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args):
+        return None                 # it would take the key along to another host
+
+
+@dataclass
+class Endpoint:
+    """A chat-completions endpoint, and how many more failed requests are borne with."""
+    url: str
+    model: str
+    key: str
+    timeout: float
+    failures_left: int
+    wait: float
+    stop: threading.Event
+
+    def ask(self, question: str) -> str:
+        """The model's reply, asked for again after waiting when the server is busy, broken or silent. Raises data.DataError."""
+        body = {"model": self.model, "temperature": 0, "messages": [{"role": "system", "content": JUDGE}, {"role": "user", "content": question}]}
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        wait = self.wait
+        while True:
+            after = 0.0
+            try:
+                with urllib.request.build_opener(NoRedirect).open(request, timeout=self.timeout) as response:
+                    reply = json.loads(response.read())["choices"][0]["message"]["content"]
+                    return reply if isinstance(reply, str) else ""
+            except urllib.error.HTTPError as error:
+                if error.code < 500 and error.code not in RETRY:
+                    raise data.DataError(f"{self.url}: answers HTTP {error.code} ({responses.get(error.code, '?')}); check --base_url, --model and "
+                                         "OPENAI_API_KEY") from None
+                problem, after = f"HTTP {error.code}", error.headers.get("Retry-After", "")
+                after = float(after) if re.fullmatch(r"\d{1,3}", after) else 0.0
+            except urllib.error.URLError as error:
+                if not isinstance(error.reason, (TimeoutError, ConnectionResetError)):
+                    raise data.DataError(f"{self.url}: cannot be reached ({data.one_line(error.reason)}); check --base_url") from None
+                problem = data.one_line(error.reason)
+            except (OSError, HTTPException) as error:       # too slow, or dropped
+                problem = type(error).__name__
+            except (ValueError, LookupError, TypeError):
+                problem = "a reply that is no chat completion"
+            self.failures_left -= 1
+            if self.failures_left < 0:
+                raise data.DataError(f"{self.url}: too many failures, the last one: {problem}; go on later with the same command, or raise --max_failures")
+            if self.stop.wait(max(after, wait * random.uniform(0.5, 1))):
+                raise data.DataError("stopped")
+            wait = min(2 * wait, 60 * self.wait)
+
+
+def parse_verdict(reply: str) -> tuple[str, str] | None:
+    """("a", "b" or "tie", the reason) from the first JSON object with a choice, wherever in the text it stands; None without one."""
+    for start in (i for i, c in enumerate(reply) if c == "{"):
+        try:
+            verdict, _ = json.JSONDecoder().raw_decode(reply, start)
+        except (ValueError, RecursionError):
+            continue
+        choice = str(verdict.get("choice")).strip().lower()
+        if choice in ("a", "b", "tie"):
+            return choice, str(verdict.get("reason", ""))
+    return None
+
+
+def judge_pair(endpoint: Endpoint, row: int, pair: tuple[dict, dict], names: list[str], seed: int) -> dict:
+    """One verdict in the layout of the paper's files: `choice` is about names, a or b; `swapped`: the judge saw b's answer as A's."""
+    answers = [r["y_pred"] for r in pair]
+    swapped = random.Random(f"{seed} {row}").random() < 0.5
+    first, second = answers[::-1] if swapped else answers
+    reply = endpoint.ask(f"# Task\n{pair[0]['x']}\n\n# Answer of A\n{first}\n\n# Answer of B\n{second}")
+    choice, reason = parse_verdict(reply) or ("unparsed", reply)
+    if swapped:
+        choice = {"a": "b", "b": "a"}.get(choice, choice)
+    return {"row": row, "reason": reason, "choice": choice, "swapped": swapped, "x": pair[0]["x"], names[0]: answers[0], names[1]: answers[1]}
+
+
+def judged_before(file: Path, head: dict, pairs: list, names: list[str]) -> list[dict]:
+    """The verdicts that `file` already has. Raises data.DataError if they are about other answers, or by another judge."""
+    if not file.exists():
+        return []
+    old = data.read_json(file)
+    results = old.get("results")
+    try:
+        same = all(old[key] == value for key, value in head.items())
+        same = same and all([r[n] for n in names] == [p["y_pred"] for p in pairs[r["row"]]] and r["x"] == pairs[r["row"]][0]["x"] for r in results)
+    except (LookupError, TypeError):
+        same = False
+    if not same:
+        raise data.DataError(f"{file}: holds judgments of other answers, or with another model or seed; give another --out")
+    return results
+
+
+def judge(args) -> None:
+    """Ask for a verdict on every pair that has none yet, several at once; the file is whole after every verdict."""
+    if args.workers < 1:
+        raise data.DataError("--workers must be 1 or more")
+    if not re.match("https?://", args.base_url):
+        raise data.DataError(f"--base_url {args.base_url}: give one that begins with http:// or https://, like https://HOST/v1")
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not re.fullmatch("[!-~]*", key):
+        raise data.DataError("OPENAI_API_KEY: has characters that no key has; set it again")
+    names = [os.path.splitext(file)[0] for file in (args.a, args.b)]
+    if names[0] == names[1]:
+        raise data.DataError(f"{args.b}: the same file twice; give the outputs of two models")
+    pairs, out = read_pairs(args.a, args.b), Path(args.out)
+    head = {"names": dict(zip("ab", names)), "model": args.model, "seed": args.seed}
+    results = judged_before(out, head, pairs, names)
+    endpoint = Endpoint(args.base_url.rstrip("/") + "/chat/completions", args.model, key, args.timeout, args.max_failures, args.wait, threading.Event())
+
+    def save() -> None:
+        counts = count_verdicts(results)
+        points = {name: wins + counts[1] / 2 for name, wins in zip(names, (counts[0], counts[2]))}
+        data.write_file(out, json.dumps({**head, "scores": points, "results": sorted(results, key=lambda r: r["row"])}, indent=1).encode())
+
+    def one(row: int) -> None:
+        verdict = judge_pair(endpoint, row, pairs[row], names, args.seed)
+        with lock:
+            results.append(verdict)
+            save()
+
+    todo, lock = sorted({*range(len(pairs))} - {r["row"] for r in results}), threading.Lock()
+    pool, bar = ThreadPoolExecutor(args.workers), tqdm(total=len(pairs), initial=len(results), desc="judge", unit="pair")
+    try:
+        save()
+        for done in as_completed([pool.submit(one, row) for row in todo]):
+            done.result()
+            bar.set_postfix(dict(zip(("wins", "ties", "losses"), count_verdicts(results))), refresh=False)
+            bar.update()
+    except OSError as error:
+        raise data.DataError(f"--out {out}: cannot be written ({data.one_line(error)})") from None
+    finally:                        # what was asked for already is waited for, and kept
+        endpoint.stop.set()
+        pool.shutdown(cancel_futures=True)
+        bar.close()
+    unparsed = sum(r["choice"] == "unparsed" for r in results)
+    print(f"{unparsed} of {len(results)} replies had no verdict and count as ties" if unparsed else f"all {len(results)} replies had a verdict")
+    print_winrates([winrate_of(args.out)])
+
+
+# ---- eval.py winrate ----
+
+def count_verdicts(results: list[dict]) -> tuple[int, int, int]:
+    """Wins of a, ties, losses. What is neither a nor b is a tie."""
+    choices = [str(r["choice"]).lower() for r in results]
+    return choices.count("a"), len(choices) - choices.count("a") - choices.count("b"), choices.count("b")
+
+
+def wilson(rate: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % confidence interval for a share of n."""
+    z = 1.959964
+    middle, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """The two-sided probability of a split at least as uneven, if both were equally likely; ties are left out."""
+    n, few = wins + losses, min(wins, losses)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(few + 1)) / 2**n)
+
+
+def winrate_of(file: str) -> dict:
+    """Win rate of a against b, ties as half, in a judgments file of ours or the paper's. Raises data.DataError."""
+    judgments = data.read_json(Path(file))
+    try:
+        names, results = judgments["names"], judgments["results"]
+        wins, ties, losses = count_verdicts(results)
+        out = {"file": file, "a": str(names["a"]), "b": str(names["b"]), "n": len(results), "wins": wins, "ties": ties, "losses": losses}
+    except (LookupError, TypeError):
+        raise data.DataError(f"{file}: not a judgments file; it has names, and results with a choice each") from None
+    if not results:
+        raise data.DataError(f"{file}: has no results yet; make them with eval.py judge")
+    n, out["rate"] = len(results), (wins + ties / 2) / len(results)
+    out["low"], out["high"] = wilson(out["rate"], n)
+    draws = np.random.default_rng(0).multinomial(n, [wins / n, ties / n, losses / n], size=10_000) @ [1, 0.5, 0] / n
+    out["boot_low"], out["boot_high"] = np.percentile(draws, [2.5, 97.5]).tolist()
+    out["p"] = sign_test(wins, losses)
+    points = (judgments.get("scores") or {}).get(names["a"])
+    out["own_rate"] = points / n if isinstance(points, (int, float)) else out["rate"]
+    return out
+
+
+def print_winrates(rows: list[dict]) -> None:
+    print("wins  ties  losses     n   win rate   95 % (Wilson)   (bootstrap)         p   a : b")
+    for r in rows:
+        print(f"{r['wins']:4}  {r['ties']:4}  {r['losses']:6}  {r['n']:4}  {100 * r['rate']:7.2f} %   {100 * r['low']:5.1f} to {100 * r['high']:4.1f}"
+              f"   {100 * r['boot_low']:5.1f} to {100 * r['boot_high']:4.1f}  {r['p']:8.4f}   {r['a']} : {r['b']}")
+        if abs(r["own_rate"] - r["rate"]) > 1e-9:
+            low, high = wilson(r["own_rate"], r["n"])
+            print(f"{'by the scores in the file':25}  {100 * r['own_rate']:7.2f} %   {100 * low:5.1f} to {100 * high:4.1f}"
+                  f"{'':28}   its choices do not add up to them: {r['file']}")
+
+
+def winrate(args) -> None:
+    rows = [winrate_of(file) for file in args.files]
+    print_winrates(rows)
+    if args.csv:
+        text = io.StringIO()
+        csv.writer(text).writerows([rows[0], *(r.values() for r in rows)])
+        data.write_file(Path(args.csv), text.getvalue().encode())
 
 
 # ---- eval.py compress ----
@@ -541,7 +783,24 @@ def main() -> None:
     p.set_defaults(call=run)
     p = commands.add_parser("score", help="ROUGE-1/2/L and exact match of outputs files (csv with the columns x, y_pred, y_true)")
     p.add_argument("files", nargs="+", metavar="FILE.csv")
+    p.add_argument("--against", metavar="FILE.csv", help="also compare the answers with those of this file")
     p.set_defaults(call=score_files)
+    p = commands.add_parser("judge", help="let a language model pick the better of two answers, pair by pair; the same command again goes on")
+    p.add_argument("a", metavar="A.csv", help="outputs of one model")
+    p.add_argument("b", metavar="B.csv", help="outputs of another, to the same examples")
+    p.add_argument("--base_url", required=True, metavar="URL", help="an OpenAI-compatible endpoint, as https://HOST/v1; its key: OPENAI_API_KEY")
+    p.add_argument("--model", required=True, metavar="NAME", help="the judge")
+    p.add_argument("--out", required=True, metavar="FILE.json", help="where the judgments go")
+    p.add_argument("--workers", type=int, default=8, help="requests at once (%(default)s)")
+    p.add_argument("--timeout", type=float, default=60, help="seconds to wait for a reply (%(default)s)")
+    p.add_argument("--wait", type=float, default=0.5, help="seconds before a failed request is made again; each time twice as long (%(default)s)")
+    p.add_argument("--max_failures", type=int, default=100, help="stop after so many failed requests in all (%(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="of the order in which the answers are shown (%(default)s)")
+    p.set_defaults(call=judge)
+    p = commands.add_parser("winrate", help="win rates of judgments files, with 95 %% confidence intervals")
+    p.add_argument("files", nargs="+", metavar="FILE.json", help="what eval.py judge wrote, or the paper's released judgments")
+    p.add_argument("--csv", metavar="FILE.csv", help="also write the table, with all digits, into this file")
+    p.set_defaults(call=winrate)
     p = commands.add_parser("compress", help="compress an instruction once, and answer inputs from its gist")
     p.add_argument("run", metavar="OUT_DIR", help="a directory that train.py --condition gist wrote")
     what = p.add_mutually_exclusive_group(required=True)
