@@ -735,18 +735,32 @@ def draw_families(ax, runs: Runs, metric: str) -> None:
     ax.set_xlabel("exact match, unseen instructions, %")
 
 
+def draw_winrates(ax, rows: list[dict]) -> None:
+    """A point with its 95 % Wilson interval for every judgments file."""
+    for y, r in enumerate(rows[::-1]):
+        ax.errorbar(100 * r["rate"], y, xerr=[[100 * (r["rate"] - r["low"])], [100 * (r["high"] - r["rate"])]], fmt="o", color="tab:red", capsize=4)
+        ax.annotate(f"{100 * r['rate']:.1f} %", (100 * r["rate"], y), (0, 7), textcoords="offset points", ha="center", fontsize="small")
+    ax.axvline(50, color="tab:gray", linestyle=":")
+    ax.set_yticks(range(len(rows)), [f"{r['a']}\nagainst {r['b']}\n{Path(r['file']).name}" for r in rows[::-1]], fontsize="small")
+    ax.set(xlim=(0, 100), ylim=(-0.5, len(rows) - 0.5), xlabel="win rate, % (ties count half)")
+
+
 def plot(args) -> None:
-    """Draw results into one picture, with a panel for every architecture."""
-    runs = [read_metrics(path) for path in args.runs]
-    archs = sorted({m["arch"] for m in runs})
-    draw, height = {"bars": (draw_bars, 4), "n_gist": (draw_n_gist, 4), "families": (draw_families, 8)}[args.kind]
-    figure, axes = new_figure(6 * len(archs), height, len(archs))
-    for arch, ax in zip(archs, axes if len(archs) > 1 else [axes]):
-        draw(ax, [m for m in runs if m["arch"] == arch], args.metric)
-        ax.set_title(arch)
-        if args.kind != "families":
-            ax.set(ylabel=f"{args.metric}, %", ylim=(0, None))
-            ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    """Draw results into one picture: runs, with a panel for every architecture, or judgments files."""
+    if args.kind == "winrates":
+        figure, ax = new_figure(7, 1 + 0.7 * len(args.results))
+        draw_winrates(ax, [winrate_of(file) for file in args.results])
+    else:
+        runs = [read_metrics(path) for path in args.results]
+        archs = sorted({m["arch"] for m in runs})
+        draw, height = {"bars": (draw_bars, 4), "n_gist": (draw_n_gist, 4), "families": (draw_families, 8)}[args.kind]
+        figure, axes = new_figure(6 * len(archs), height, len(archs))
+        for arch, ax in zip(archs, axes if len(archs) > 1 else [axes]):
+            draw(ax, [m for m in runs if m["arch"] == arch], args.metric)
+            ax.set_title(arch)
+            if args.kind != "families":
+                ax.set(ylabel=f"{args.metric}, %", ylim=(0, None))
+                ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, args.out)
     print(f"wrote {args.out}")
 
@@ -818,10 +832,10 @@ def main() -> None:
     p.add_argument("--words", type=int, default=8, help="how many of the nearest words to print (%(default)s)")
     p.add_argument("--device", help="cuda, mps or cpu; default: the first of these that is there")
     p.set_defaults(call=attention)
-    p = commands.add_parser("plot", help="draw the results of runs, a panel for every architecture")
-    p.add_argument("runs", nargs="+", metavar="OUT_DIR", help="runs that eval.py run has evaluated")
-    p.add_argument("--kind", choices=("bars", "n_gist", "families"), default="bars",
-                   help="bars by split and condition, lines over n_gist, or a table of the built-in families (%(default)s)")
+    p = commands.add_parser("plot", help="draw results into one picture")
+    p.add_argument("results", nargs="+", metavar="OUT_DIR", help="runs that eval.py run has evaluated; for winrates: judgments files")
+    p.add_argument("--kind", choices=("bars", "n_gist", "families", "winrates"), default="bars",
+                   help="bars by split and condition, lines over n_gist, a table of the built-in families, or win rates (%(default)s)")
     p.add_argument("--metric", choices=("exact_match", "rouge1", "rouge2", "rougeL"), default="rougeL", help="(%(default)s)")
     p.add_argument("--out", metavar="FILE.png", default="results.png", help="where to draw it (%(default)s)")
     p.set_defaults(call=plot)

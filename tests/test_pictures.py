@@ -105,12 +105,15 @@ def test_results_are_drawn(runs, tmp_path):
     metrics = json.loads((paths[0] / "metrics.json").read_text())
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics | {"unseen": metrics["unseen"] | groups}))
-    done = command("eval.py", "plot", tmp_path / "run", "--kind", "families", "--out", tmp_path / "families.png")
-    assert done.returncode == 0 and (tmp_path / "families.png").exists(), done.stderr
+    (tmp_path / "j.json").write_text(json.dumps({"names": {"a": "x", "b": "y"}, "results": [{"choice": "a"}, {"choice": "tie"}]}))
+    for kind, result in (("families", "run"), ("winrates", "j.json")):
+        done = command("eval.py", "plot", tmp_path / result, "--kind", kind, "--out", tmp_path / f"{kind}.png")
+        assert done.returncode == 0 and (tmp_path / f"{kind}.png").exists(), done.stderr
 
 
 @pytest.mark.parametrize("args, complaint", [
     (["plot", "nowhere"], "eval.py run nowhere"),
+    (["plot", "nowhere.json", "--kind", "winrates"], "nowhere.json"),
     (["plot", "{runs}/llama-gist-1", "--kind", "families"], "built-in"),
     (["plot", "{runs}/llama-gist-1", "--out", "/nowhere/a.png"], "cannot write"),
     (["plot", "{runs}/llama-gist-1", "--out", "a.txt.zzz"], "cannot write"),
