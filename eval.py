@@ -473,8 +473,6 @@ def judged_before(file: Path, head: dict, pairs: list, names: list[str]) -> list
 
 def judge(args) -> None:
     """Ask for a verdict on every pair that has none yet, several at once; the file is whole after every verdict."""
-    if args.workers < 1:
-        raise data.DataError("--workers must be 1 or more")
     if not re.match("https?://", args.base_url):
         raise data.DataError(f"--base_url {args.base_url}: give one that begins with http:// or https://, like https://HOST/v1")
     key = os.environ.get("OPENAI_API_KEY", "").strip()
@@ -783,7 +781,9 @@ def save_figure(figure, file: str) -> None:
         raise data.DataError(f"--out {file}: cannot write the picture ({data.one_line(error)}); give a file like results.png") from None
 
 
-def main() -> None:
+# ---- The command ----
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Answer, score and compare.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("run", help="answer every split of a run's data greedily, score the answers, print a table over the runs")
@@ -839,7 +839,15 @@ def main() -> None:
     p.add_argument("--metric", choices=("exact_match", "rouge1", "rouge2", "rougeL"), default="rougeL", help="(%(default)s)")
     p.add_argument("--out", metavar="FILE.png", default="results.png", help="where to draw it (%(default)s)")
     p.set_defaults(call=plot)
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
     args = parser.parse_args()
+    for name, value in vars(args).items():
+        if name != "seed" and isinstance(value, (int, float)) and not value > 0:
+            parser.error(f"--{name} must be more than 0")
     args.call(args)
 
 

@@ -342,7 +342,7 @@ def load_speed(args) -> None:
 
 # ---- The command ----
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="What gisting saves, and how fast everything is: FLOPs, time, memory.")
     commands = parser.add_subparsers(required=True)
     commands.add_parser("paper", help="the paper's efficiency table, from the models' shapes alone").set_defaults(call=paper)
@@ -367,6 +367,11 @@ def main() -> None:
             ("train", "--batch_size", 8, "examples a step"), ("train", "--length", 128, "tokens of an example, a third of them output")):
         for name in names.split():
             by_name[name].add_argument(flag, type=int, default=default, help=text)
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
     args = parser.parse_args()
     for name, value in vars(args).items():
         if any(type(n) is int and n < 1 for n in (value if isinstance(value, list) else [value])):

@@ -162,6 +162,7 @@ def test_no_steps_leave_a_model_that_can_be_evaluated(folder, tmp_path):
     ("train.py", ["--init_from", "nowhere", "--out_dir", "x"], "nowhere: no such directory"),
     ("eval.py", ["run", "nowhere"], "nowhere: no such directory"),
     ("eval.py", ["score", "nowhere.csv"], "nowhere.csv"),
+    ("eval.py", ["run", "nowhere", "--batch_size", "0"], "--batch_size must be more than 0"),
     ("eval.py", [], "usage"),
 ])
 def test_bad_input_ends_in_one_line_and_status_2(script, args, says, folder, tmp_path):
