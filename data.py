@@ -67,34 +67,63 @@ def load_instructions(path: str, seed: int = 0) -> dict[str, list[dict]]:
 
 
 def read_records(file: Path) -> list[dict]:
-    """The records of one JSON array or JSON lines file. Raises DataError, naming file and line."""
+    """The records of one JSON array or JSON lines file; JSON lines are read one by one, so a large file is never in memory as text.
+
+    Bad records are left out and told on standard error. Raises DataError if they are more than 1 %, naming the first ones.
+    """
+    records, bad = [], []
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read as UTF-8 text: {error}") from None
-    if text.lstrip().startswith("["):
-        try:
-            records = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file}, line {error.lineno}: broken JSON: {error.msg}") from None
-        places = [f"record {i + 1}" for i in range(len(records))]
-    else:
-        records, places = [], []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    records.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{file}, line {number}: broken JSON: {error.msg}") from None
-                places.append(f"line {number}")
-    for record, place in zip(records, places):
-        if not isinstance(record, dict):
-            raise DataError(f"{file}, {place}: expected an object with instruction, input and output")
-        record.setdefault("input", "")
-        for key in ("instruction", "input", "output"):
-            if not isinstance(record.get(key), str):
-                raise DataError(f"{file}, {place}: '{key}' is missing or not a string")
+        for place, record in parse_records(file):
+            if problem := what_is_wrong(record):
+                bad.append(f"{place}: {problem}")
+            else:
+                records.append({"input": "", **record})
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({one_line(error)})") from None
+    if bad:
+        told = f"{file}, {'; '.join(bad[:3])}{f'; and {len(bad) - 3} more' if len(bad) > 3 else ''}"
+        if 100 * len(bad) > len(bad) + len(records):
+            raise DataError(f"{told}: {len(bad)} of {len(bad) + len(records)} records are bad, at most 1 % may be")
+        print(f"{told}: left out", file=sys.stderr)
     return records
+
+
+def parse_records(file: Path) -> Iterable[tuple[str, object]]:
+    """Every record and its place in the file; a ValueError stands for one that cannot be parsed."""
+    with open(file, "rb") as f:
+        start = f.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+        f.seek(0)
+        if start != b"[":
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    yield f"line {number}", parse_json(line)
+            return
+        records = parse_json(f.read())
+    if isinstance(records, json.JSONDecodeError):
+        yield f"line {records.lineno}", records
+    elif isinstance(records, ValueError):
+        yield "record 1", records
+    else:
+        yield from ((f"record {i}", record) for i, record in enumerate(records, 1))
+
+
+def parse_json(text: bytes) -> object:
+    try:
+        return json.loads(text.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        return error if isinstance(error, ValueError) else ValueError("nested too deeply")
+
+
+def what_is_wrong(record: object) -> str:
+    """What keeps this from being a record; "" if nothing does."""
+    if isinstance(record, UnicodeDecodeError):
+        return "not UTF-8"
+    if isinstance(record, ValueError):
+        return f"broken JSON ({getattr(record, 'msg', record)})"
+    if not isinstance(record, dict):
+        return "not an object with instruction, input and output"
+    wrong = [key for key in ("instruction", "input", "output") if not isinstance(record.get(key, "" if key == "input" else None), str)]
+    return f"'{wrong[0]}' is missing or not a string" if wrong else ""
 
 
 # ---- The built-in instructions ----

@@ -145,14 +145,27 @@ def test_arrays_and_lines_are_read_alike_and_missing_splits_are_empty(tmp_path):
     ('[{"instruction": "a", "output": "b"},\n{"instruction" "a"}]', "x_train.json, line 2: broken JSON"),
     ('{"instruction": "a", "output": "b"}\n\n{"input": "a", "output": "b"}', "x_train.json, line 3: 'instruction' is missing"),
     ('[{"instruction": "a", "output": "b"}, {"instruction": "a", "output": 3}]', "x_train.json, record 2: 'output' is missing or not a string"),
-    ('[1]', "x_train.json, record 1: expected an object"),
-    ("", "no training examples"), ("[]", "no training examples"), (b"\xff\xfe{", "cannot be read as UTF-8"),
+    ('[1]', "x_train.json, record 1: not an object"),
+    ("", "no training examples"), ("[]", "no training examples"), (b"\xff\xfe{", "line 1: not UTF-8"),
+    ("[" * 100_000, "nested too deeply"),
 ])
 def test_a_broken_file_is_named_with_its_line(tmp_path, content, says):
     (tmp_path / "x_train.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(data.DataError) as error:
         data.load_instructions(str(tmp_path))
     assert says in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_up_to_one_percent_of_bad_records_are_left_out_and_told(tmp_path, capsys):
+    good = [json.dumps(record(f"Say {i}.")) for i in range(297)]
+    lines = good[:100] + ["{"] + good[100:200] + [json.dumps({"instruction": None, "output": "x"})] + good[200:] + ['{"output": "x"}']
+    (tmp_path / "x_train.json").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert data.load_instructions(str(tmp_path))["train"] == [json.loads(line) for line in good]
+    told = capsys.readouterr().err
+    assert all(place in told for place in ("line 101: broken JSON", "line 202: 'instruction'", "line 300: 'instruction'")) and told.count("\n") == 1
+    (tmp_path / "x_train.json").write_text("\n".join(lines + ["[]"]))
+    with pytest.raises(data.DataError, match="line 300: .*; and 1 more: 4 of 301 records are bad"):
+        data.load_instructions(str(tmp_path))
 
 
 # ---- Layout and batches ----

@@ -35,9 +35,8 @@ def test_links_and_pictures_exist():
     assert local and all((ROOT / t).exists() for t in local)
 
 
-def test_the_map_gives_the_lines_of_every_file():
-    told = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.MULTILINE))
-    assert {name: int(n) for name, n in told.items()} == {f.name: len(f.read_text(encoding="utf-8").splitlines()) for f in ROOT.glob("*.py")}
+def test_the_map_names_every_file():
+    assert {name for name in re.findall(r"^\| `(\w+\.py)` \|", README, re.MULTILINE)} == {f.name for f in ROOT.glob("*.py")}
 
 
 def test_the_masks_tables_are_those_of_the_code():
