@@ -1041,11 +1041,15 @@ def load_cache(file: str | Path, model: Llama | T5, n_gist: int) -> tuple[Cache,
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main function; bad input ends it with one line and exit status 2, Ctrl-C with 130."""
+    """Run a script's main function; bad input and files that cannot be read or written end it with one line and exit status 2, Ctrl-C with 130."""
     try:
         main()
     except DataError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:         # a full disk, a folder that may not be written
+        print(f"{Path(sys.argv[0]).name}: {error.filename or 'a file'}: {error.strerror or error}; check its path, the permissions and the free space",
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
