@@ -24,10 +24,11 @@ import sys
 import unicodedata
 import zipfile
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Callable, Iterable
+from typing import BinaryIO, Callable, Iterable, Iterator
 
 import sentencepiece
 import tiktoken
@@ -991,24 +992,34 @@ def save_model(path: str | Path, model: Llama | T5, tokenizer: SentencePieceToke
     write_file(folder / "config.json", json.dumps(config, indent=2).encode())
 
 
-def write_file(file: Path, content: bytes | Iterable[bytes]) -> None:
-    """Write a file under a temporary name, flush it to the disk, and rename it: there is never half a file."""
+@contextmanager
+def replacing(file: Path) -> Iterator[BinaryIO]:
+    """Write a file under a temporary name, flush it to the disk, and rename it: there is never half a file, and the old one stays until then."""
     temporary = file.with_name(file.name + ".tmp")
-    with open(temporary, "wb") as f:
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_file(file: Path, content: bytes | Iterable[bytes]) -> None:
+    """Replace a file by one with this content."""
+    with replacing(file) as f:
         f.writelines([content] if isinstance(content, bytes) else content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, file)
 
 
 def save_state(file: Path, state: dict) -> None:
     """Write what `torch.load(file, weights_only=True)` reads again: tensors, numbers, strings, and dicts and lists of them."""
-    temporary = file.with_name(file.name + ".tmp")
-    with open(temporary, "wb") as f:                                      # as write_file, but never in memory as a whole
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, file)
+    with replacing(file) as f:                                            # torch.save writes piece by piece: nothing is in memory twice
+        try:
+            torch.save(state, f)
+        except RuntimeError as error:                                     # what is left of an OSError that went through C++
+            raise OSError(0, one_line(error), str(file)) from None
 
 
 def model_id(model: Llama | T5) -> str:

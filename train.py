@@ -16,10 +16,14 @@ import argparse
 import json
 import math
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Callable, Iterator
@@ -27,12 +31,21 @@ from typing import Callable, Iterator
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # footgun: on a busy machine, threads that spin while they wait train ten times slower
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
 import gist_mask
-from model import IGNORE, Llama, LlamaConfig
+from model import Llama, LlamaConfig
 from t5 import T5, T5Config
+
+# The paper's hyperparameters (section 4.1 and appendix A), for fine-tuning the pretrained model in --init_from.
+PRESETS = {
+    "llama-7b": dict(arch="llama", max_steps=3000, batch_size=128, optimizer="adamw", lr=2e-5, weight_decay=0.0, schedule="cosine", warmup=0.03,
+                     dtype="bfloat16", max_length=512),
+    "flan-t5-xxl": dict(arch="t5", max_steps=16000, batch_size=16, optimizer="adamw", lr=5e-5, weight_decay=0.0, schedule="constant", warmup=0.0,
+                        dtype="bfloat16", max_length=128, max_target=256),
+}
 
 
 # ---- Loss ----
@@ -46,6 +59,40 @@ def batch_loss(model, batch: dict[str, Tensor], gist_id: int, condition: str) ->
         return model.loss(tokens, batch["targets"], mask, cross)
     mask, positions = gist_mask.decoder_mask(tokens, gist_id, condition, valid), gist_mask.positions(tokens, gist_id)
     return model.loss(tokens, batch["targets"], mask, positions)
+
+
+def accumulate_gradients(model, examples: list[data.Example], tokenizer, args) -> float:
+    """Add the gradient of a batch's mean loss to the weights' .grad, --micro_batch examples at a time. Returns the loss, nats per label.
+
+    The sum over the micro-batches is divided by the labels of the whole batch, so how it is cut changes nothing.
+    """
+    labels, loss = sum(len(e.output) for e in examples), 0.0
+    size = args.micro_batch or len(examples)
+    for start in range(0, len(examples), size):
+        batch = data.collate(examples[start:start + size], tokenizer.pad_id, args.arch)
+        batch = {k: v.to(args.device) for k, v in batch.items()}
+        with torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            part = batch_loss(model, batch, tokenizer.gist_id, args.condition) / labels
+        part.backward()
+        loss = loss + part.detach()                    # stays on the device until it is whole
+    return loss.item()
+
+
+def layers_of(model) -> list[torch.nn.Module]:
+    return [*model.encoder.layers, *model.decoder.layers] if isinstance(model, T5) else [*model.layers]
+
+
+def prepare_layers(model, args) -> None:
+    """Compile every layer, which takes a minute and makes steps faster; checkpoint its activations, which saves memory and takes time.
+
+    A checkpointed layer keeps only its input, and computes what is inside once more when the gradient comes back. All layers
+    share one compiled function, which takes batches of any length.
+    """
+    for layer in layers_of(model):
+        if args.compile:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        if args.checkpoint_activations:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 # ---- Optimizer ----
@@ -133,10 +180,30 @@ def steps(examples: list[data.Example], batch_size: int, seed: int, start: int) 
         yield from batches[start % per_epoch if epoch == start // per_epoch else 0:]
 
 
-def train(model, examples: list[data.Example], tokenizer, args, save: Callable[[int], None], optimizers, start: int = 0) -> None:
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """A list that fills with the signals that come, Ctrl-C and SIGTERM, instead of ending the program; the second one does end it."""
+    caught: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def catch(number, frame) -> None:
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, catch)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(model, examples: list[data.Example], tokenizer, args, save: Callable[[int], None], optimizers, start: int = 0) -> int | None:
     """Train from step `start` to args.max_steps with a bar and a log. save(step) is called every args.save_every steps and at the end.
 
-    Raises data.DataError if the loss is no longer finite; the checkpoint saved last is then still good.
+    Returns None; or, on Ctrl-C or SIGTERM, the signal's number, after finishing and saving the step. Raises data.DataError if the loss
+    is no longer finite; the checkpoint saved last is then still good.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -144,30 +211,31 @@ def train(model, examples: list[data.Example], tokenizer, args, save: Callable[[
     model.train()
     began, tokens, smooth = time.perf_counter(), 0, None
     bar = tqdm(total=args.max_steps, initial=start, desc="train", unit="step", mininterval=0.5)
-    with open(Path(args.out_dir) / "train_log.jsonl", "a", encoding="utf-8") as log, bar:
+    with open(Path(args.out_dir) / "train_log.jsonl", "a", encoding="utf-8") as log, bar, caught_signals() as caught:
         for step, rows in zip(range(start, args.max_steps), steps(examples, args.batch_size, args.seed, start)):
-            batch = {k: v.to(args.device) for k, v in data.collate([examples[i] for i in rows], tokenizer.pad_id, args.arch).items()}
-            with torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                loss = batch_loss(model, batch, tokenizer.gist_id, args.condition) / (batch["targets"] != IGNORE).sum()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-            if not (loss.isfinite() and norm.isfinite()):
-                raise data.DataError(f"at step {step + 1} the loss is {loss.item()} and the gradient's norm {norm.item()}: stopped; try a smaller "
+            batch = [examples[i] for i in rows]
+            loss = accumulate_gradients(model, batch, tokenizer, args)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise data.DataError(f"at step {step + 1} the loss is {loss} and the gradient's norm {norm}: stopped; try a smaller "
                                      f"--lr. The last checkpoint in {args.out_dir} is still good")
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * lr_factor(step, args)
                 optimizer.step()
                 optimizer.zero_grad()
-            tokens += int(batch["valid"].sum())
-            smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
-            log.write(json.dumps({"step": step + 1, "loss": loss.item(), "lr": optimizers[0].param_groups[0]["lr"],
-                                  "grad_norm": norm.item(), "tokens": int(batch["valid"].sum())}) + "\n")
+            read = sum(len(e) - len(e.output) * (args.arch == "t5") for e in batch)     # T5: of the source
+            tokens += read
+            smooth = loss if smooth is None else 0.95 * smooth + 0.05 * loss
+            log.write(json.dumps({"step": step + 1, "loss": loss, "lr": optimizers[0].param_groups[0]["lr"], "grad_norm": norm, "tokens": read}) + "\n")
             bar.set_postfix(loss=f"{smooth:.3f}", tokens_s=f"{tokens / (time.perf_counter() - began):,.0f}", refresh=False)
             bar.update()
-            if (step + 1) % args.save_every == 0 or step + 1 == args.max_steps:
+            if (step + 1) % args.save_every == 0 or step + 1 == args.max_steps or caught:
                 log.flush()
+                os.fsync(log.fileno())                 # the log is never behind the checkpoint
                 save(step + 1)
+            if caught and step + 1 < args.max_steps:
+                return caught[0]
 
 
 def draw_loss(out_dir: Path) -> None:
@@ -220,6 +288,7 @@ def make_parser() -> argparse.ArgumentParser:
     a("--vocab_size", type=int, default=2048, metavar="N", help="largest size of the tokenizer trained on the data (%(default)s)")
 
     a = parser.add_argument_group("how to train").add_argument
+    a("--preset", choices=PRESETS, help="the paper's hyperparameters for the model in --init_from; other flags override them")
     a("--max_steps", type=int, default=3000, metavar="N", help="steps (%(default)s)")
     a("--epochs", type=float, metavar="X", help="passes over the training data, instead of --max_steps")
     a("--batch_size", type=int, default=64, metavar="N", help="examples a step (%(default)s)")
@@ -234,6 +303,9 @@ def make_parser() -> argparse.ArgumentParser:
     a("--seed", type=int, default=0, metavar="N", help="of weights, data and order (%(default)s)")
     a("--device", help="cuda, mps or cpu (the first of these that is there)")
     a("--dtype", choices=("float32", "bfloat16"), help="of matrix products (bfloat16 on cuda, else float32)")
+    a("--micro_batch", type=int, metavar="N", help="examples in memory at once; the gradients of a batch add up (all of them)")
+    a("--checkpoint_activations", action="store_true", help="less memory, a third more time: compute each layer again in the backward pass")
+    a("--compile", action="store_true", help="compile the layers with torch.compile: a slow start, then faster steps")
     a("--save_every", type=int, default=500, metavar="N", help="steps between checkpoints (%(default)s)")
     a("--no_eval", action="store_true", help="do not evaluate at the end")
     return parser
@@ -243,8 +315,14 @@ def parse_args() -> argparse.Namespace:
     """Read the flags, refuse what makes no sense, and fill in what depends on other flags or on the machine."""
     parser = make_parser()
     args = parser.parse_args()
+    if args.preset:
+        parser.set_defaults(**PRESETS[args.preset])    # what is on the command line still comes before the defaults
+        args = parser.parse_args()
     if args.init_from:
         args.arch = "t5" if data.read_config(args.init_from).get("model_type") == "t5" else "llama"
+    if args.preset and (not args.init_from or args.arch != PRESETS[args.preset]["arch"]):
+        parser.error(f"--preset {args.preset} is for a pretrained {PRESETS[args.preset]['arch']} model, but --init_from "
+                     + (f"{args.init_from} holds a {args.arch} model" if args.init_from else "is not given"))
     llama = args.arch == "llama"
     args.out_dir = args.out_dir or f"out/{args.arch}-{args.condition}-{args.n_gist}"
     defaults = dict(max_length=512 if llama else 128, n_layers=4 if llama else 3,
@@ -256,13 +334,15 @@ def parse_args() -> argparse.Namespace:
                             vocab_size=1, save_every=1).items():
         if getattr(args, name) < least:
             parser.error(f"--{name} must be {least} or more")
-    for name in ("lr", "muon_lr", "grad_clip", "decay", "epochs"):
+    for name in ("lr", "muon_lr", "grad_clip", "decay", "epochs", "micro_batch"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name} must be more than 0")
     if args.d_model % (2 * args.n_heads):
         parser.error("--d_model must be an even multiple of --n_heads")
     args.device = find_device(args.device)
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    if args.compile and args.device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise data.DataError("--compile needs a C++ compiler on the CPU: install g++, or name yours in the environment variable CXX")
     return args
 
 
@@ -278,15 +358,42 @@ def check_out_dir(args: argparse.Namespace) -> dict | None:
     """Is --out_dir free, or what the flags say it is? Returns the state to resume from, or None."""
     out_dir = Path(args.out_dir)
     if args.resume:
-        if not (out_dir / "train_state.pt").exists():
+        if (out_dir / "train_state.pt").exists():
+            return read_state(out_dir / "train_state.pt", args.device)
+        if not (out_dir / "train_log.jsonl").exists() or (out_dir / "model.safetensors").exists():
             raise data.DataError(f"{out_dir}: has no train_state.pt, so there is nothing to resume; start without --resume")
-        return torch.load(out_dir / "train_state.pt", map_location=args.device, weights_only=True)
+        return None                                    # it ended before its first checkpoint: start over
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         if not args.overwrite:
             raise data.DataError(f"{out_dir} holds another run: go on with it (--resume), start over (--overwrite), or give another --out_dir")
         if not (out_dir / "train_log.jsonl").exists():
             raise data.DataError(f"{out_dir} holds no run of ours, so --overwrite would delete something else; give another --out_dir")
     return None
+
+
+MAY_CHANGE = ("resume", "overwrite", "out_dir", "no_eval", "save_every", "device", "micro_batch", "checkpoint_activations", "compile")
+
+
+def read_state(file: Path, device: str) -> dict:
+    """What `save` in `main` wrote. Raises data.DataError."""
+    try:
+        state = torch.load(file, map_location=device, weights_only=True)
+        if {"step", "seconds", "model", "optimizers", "args", "examples"} <= state.keys():
+            return state
+    except Exception:                # a broken file can raise anything
+        pass
+    raise data.DataError(f"{file}: cannot be read, so the run cannot be resumed; start over with --overwrite")
+
+
+def check_same_run(state: dict, args: argparse.Namespace, n_examples: int) -> None:
+    """Only the run that was begun can be resumed. Raises data.DataError, naming the flag that differs."""
+    now = vars(args)
+    for name, value in state["args"].items():
+        if name not in MAY_CHANGE and now.get(name) != value:
+            raise data.DataError(f"{args.out_dir} was begun with --{name} {value}, not {now.get(name)}: resume it with the same flags, or give another --out_dir")
+    if state["examples"] != n_examples:
+        raise data.DataError(f"{args.out_dir} was begun with {state['examples']} training examples, and {args.data} now gives {n_examples}; restore the data, "
+                             "or give another --out_dir")
 
 
 def open_out_dir(out_dir: Path, resumed_at: int | None) -> None:
@@ -340,6 +447,9 @@ def main() -> None:
     print(f"{len(examples):,} training examples of {sum(lengths) / len(lengths):.1f} tokens; {skipped} skipped, their output was cut off; "
           f"{padding:.1%} of a batch is padding", flush=True)
 
+    if state:
+        check_same_run(state, args, len(examples))
+    prepare_layers(model, args)
     optimizers = make_optimizers(model, args)
     out_dir = Path(args.out_dir)
     open_out_dir(out_dir, resumed_at=state["step"] if state else None)
@@ -351,15 +461,18 @@ def main() -> None:
 
     def save(step: int) -> None:
         seconds = before + time.time() - began
-        data.save_state(out_dir / "train_state.pt", {"step": step, "seconds": seconds, "model": model.state_dict(),
-                                                     "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+        data.save_state(out_dir / "train_state.pt", {"step": step, "seconds": seconds, "model": model.state_dict(), "examples": len(examples),
+                                                     "optimizers": [optimizer.state_dict() for optimizer in optimizers], "args": vars(args)})
         data.save_model(out_dir, model, tokenizer, extra={**vars(args), "steps": step, "seconds": round(seconds, 1)})
         draw_loss(out_dir)
 
     start = state["step"] if state else 0
     if start >= args.max_steps:                        # nothing to train; what there is can still be evaluated
         save(start)
-    train(model, examples, tokenizer, args, save, optimizers, start)
+    if stopped := train(model, examples, tokenizer, args, save, optimizers, start):
+        again = shlex.join(["python", *(a for a in sys.argv if a not in ("--overwrite", "--resume")), "--resume"])
+        print(f"stopped and saved; go on with: {again}", file=sys.stderr)
+        sys.exit(128 + stopped)
     if not args.no_eval:
         sys.exit(subprocess.call([sys.executable, str(Path(__file__).with_name("eval.py")), "run", args.out_dir, "--device", args.device]))
 
