@@ -971,11 +971,14 @@ def add_gist_token(model: Llama | T5, tokenizer: SentencePieceTokenizer | BPETok
 
 
 def save_model(path: str | Path, model: Llama | T5, tokenizer: SentencePieceTokenizer | BPETokenizer | None = None,
-               extra: dict | None = None) -> None:
-    """Write a checkpoint in Hugging Face's layout; `extra` goes into config.json as "gisting". A file is replaced when it is whole."""
-    folder, weights = Path(path), dict(model.named_parameters())
+               extra: dict | None = None, weights: dict[str, Tensor] | None = None) -> None:
+    """Write a checkpoint in Hugging Face's layout; `extra` goes into config.json as "gisting". A file is replaced when it is whole.
+
+    weights: the parameters by their names, for a model that itself holds parts of them only.
+    """
+    folder, weights = Path(path), weights or dict(model.named_parameters())
     folder.mkdir(parents=True, exist_ok=True)
-    config = hf_config(model.config, embedding(model).weight.dtype)
+    config = hf_config(model.config, next(iter(weights.values())).dtype)
     if tokenizer is not None:
         tokenizer.save(folder)
         config |= {f"{kind}_token_id": getattr(tokenizer, f"{kind}_id") for kind in ("bos", "eos", "pad")}

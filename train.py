@@ -2,6 +2,7 @@
 
     python train.py --n_gist 1                             # from scratch on the built-in instructions, minutes on a CPU
     python train.py --n_gist 1 --init_from DIR --data DIR  # from a pretrained model, on real instructions
+    torchrun --nproc_per_node 4 train.py ...               # on several GPUs, each with a part of the model
 
     loss = - sum log p(output token | what the mask lets it see) / number of output tokens          (the paper's section 3)
 
@@ -30,13 +31,14 @@ from typing import Callable, Iterator
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # footgun: on a busy machine, threads that spin while they wait train ten times slower
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
 import gist_mask
-from model import Llama, LlamaConfig
+from model import IGNORE, Llama, LlamaConfig
 from t5 import T5, T5Config
 
 # The paper's hyperparameters (section 4.1 and appendix A), for fine-tuning the pretrained model in --init_from.
@@ -64,21 +66,27 @@ def batch_loss(model, batch: dict[str, Tensor], gist_id: int, condition: str) ->
 def accumulate_gradients(model, examples: list[data.Example], tokenizer, args) -> float:
     """Add the gradient of a batch's mean loss to the weights' .grad, --micro_batch examples at a time. Returns the loss, nats per label.
 
-    The sum over the micro-batches is divided by the labels of the whole batch, so how it is cut changes nothing.
+    Every process takes its share of the examples, and returns its share of the loss. What it adds up is divided by the labels
+    of the whole batch, so how the batch is cut changes nothing.
     """
+    rank, world = rank_and_world()
     labels, loss = sum(len(e.output) for e in examples), 0.0
-    size = args.micro_batch or len(examples)
-    for start in range(0, len(examples), size):
-        batch = data.collate(examples[start:start + size], tokenizer.pad_id, args.arch)
+    mine, share = examples[rank::world], math.ceil(len(examples) / world)
+    size = args.micro_batch or share
+    for start in range(0, share, size):
+        part = mine[start:start + size]
+        batch = data.collate(part or examples[:1], tokenizer.pad_id, args.arch)
+        if not part:                                   # all processes compute together, even if one has nothing left to learn from
+            batch["targets"].fill_(IGNORE)
         batch = {k: v.to(args.device) for k, v in batch.items()}
         with torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            part = batch_loss(model, batch, tokenizer.gist_id, args.condition) / labels
-        part.backward()
-        loss = loss + part.detach()                    # stays on the device until it is whole
+            part_loss = batch_loss(model, batch, tokenizer.gist_id, args.condition) / labels
+        (part_loss * world).backward()                 # the processes' gradients are averaged, and a sum is wanted
+        loss = loss + part_loss.detach()               # stays on the device until it is whole
     return loss.item()
 
 
-def layers_of(model) -> list[torch.nn.Module]:
+def layers_of(model) -> list[nn.Module]:
     return [*model.encoder.layers, *model.decoder.layers] if isinstance(model, T5) else [*model.layers]
 
 
@@ -93,6 +101,81 @@ def prepare_layers(model, args) -> None:
             layer.forward = torch.compile(layer.forward, dynamic=True)
         if args.checkpoint_activations:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+# ---- Many processes ----
+
+def rank_and_world() -> tuple[int, int]:
+    """Which process this is, and of how many."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextmanager
+def process_group(args) -> Iterator[None]:
+    """Join the other processes, if torchrun started this one."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    on_cuda = args.device.startswith("cuda")
+    if on_cuda:
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("nccl" if on_cuda else "gloo")
+    yield
+    dist.destroy_process_group()
+
+
+def shard_model(model, args) -> None:
+    """Leave every process its part of every weight, in fp32: FSDP2. The whole weights of a layer are there only while it computes.
+
+    --parallel ddp is the same with a mesh of N copies in one part each: every process keeps all, and only gradients are exchanged.
+    With bfloat16 a layer's weights travel as bf16; gradients are summed in fp32.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    _, world = rank_and_world()
+    device = torch.device(args.device).type
+    mesh = init_device_mesh(device, (1, world) if args.parallel == "fsdp" else (world, 1), mesh_dim_names=("copies", "parts"))
+    policy = MixedPrecisionPolicy(torch.bfloat16 if args.dtype == "bfloat16" else None, torch.float32, cast_forward_inputs=False)
+    for layer in layers_of(model):
+        layer.float()
+        if hasattr(layer, "cross_attention"):          # its keys and values are computed before the layer, see T5.read
+            fully_shard(layer.cross_attention, mesh=mesh, mp_policy=policy)
+            register_fsdp_forward_method(layer.cross_attention, "keys_values")
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model.float(), mesh=mesh)
+    for name in ("loss", "compress", "generate"):
+        register_fsdp_forward_method(model, name)
+
+
+def summed(*values: float) -> list[float]:
+    """Numbers, each added up over all processes."""
+    if not dist.is_initialized():
+        return [*values]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def whole(x):
+    """A state (tensors in dicts and lists) in whole tensors on the CPU of rank 0. All processes have to call this together."""
+    if isinstance(x, dict):
+        return {key: whole(value) for key, value in x.items()}
+    if isinstance(x, list):
+        return [whole(value) for value in x]
+    if not hasattr(x, "full_tensor"):                  # not a DTensor
+        return x
+    full = x.full_tensor()
+    return full.cpu() if dist.get_rank() == 0 else None
+
+
+def part_of(full: Tensor, like: Tensor) -> Tensor:
+    """What this process keeps of a whole tensor: as much as it has of `like`, a weight of the same shape."""
+    if not hasattr(like, "full_tensor") or full.shape != like.shape:
+        return full
+    from torch.distributed.tensor import DTensor, Replicate
+    return DTensor.from_local(full.to(like.device), like.device_mesh, [Replicate()] * like.device_mesh.ndim).redistribute(placements=like.placements)
 
 
 # ---- Optimizer ----
@@ -120,9 +203,11 @@ class Muon(torch.optim.Optimizer):
                 for p in params:
                     m = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     m.mul_(group["momentum"]).add_(p.grad)
-                    updates.append(p.grad + group["momentum"] * m)        # Nesterov's look ahead
+                    update = p.grad + group["momentum"] * m               # Nesterov's look ahead
+                    updates.append(update.full_tensor() if hasattr(update, "full_tensor") else update)
                 scale = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
-                torch._foreach_add_(params, list(orthogonalize(torch.stack(updates)).unbind()), alpha=-scale)
+                for p, update in zip(params, orthogonalize(torch.stack(updates))):
+                    p.add_(part_of(update, p), alpha=-scale)
 
 
 def orthogonalize(x: Tensor) -> Tensor:
@@ -188,7 +273,8 @@ def caught_signals() -> Iterator[list[int]]:
 
     def catch(number, frame) -> None:
         caught.append(number)
-        signal.signal(number, before[number])
+        if not dist.is_initialized():                  # torchrun passes on what its processes got already
+            signal.signal(number, before[number])
 
     for number in before:
         signal.signal(number, catch)
@@ -209,13 +295,15 @@ def train(model, examples: list[data.Example], tokenizer, args, save: Callable[[
         for group in optimizer.param_groups:
             group.setdefault("peak", group["lr"])
     model.train()
-    began, tokens, smooth = time.perf_counter(), 0, None
-    bar = tqdm(total=args.max_steps, initial=start, desc="train", unit="step", mininterval=0.5)
-    with open(Path(args.out_dir) / "train_log.jsonl", "a", encoding="utf-8") as log, bar, caught_signals() as caught:
+    began, tokens, smooth, first = time.perf_counter(), 0, None, rank_and_world()[0] == 0
+    bar = tqdm(total=args.max_steps, initial=start, desc="train", unit="step", mininterval=0.5, disable=not first)
+    log_file = Path(args.out_dir) / "train_log.jsonl" if first else os.devnull
+    with open(log_file, "a", encoding="utf-8") as log, bar, caught_signals() as caught:
         for step, rows in zip(range(start, args.max_steps), steps(examples, args.batch_size, args.seed, start)):
             batch = [examples[i] for i in rows]
-            loss = accumulate_gradients(model, batch, tokenizer, args)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
+            loss, stop = summed(accumulate_gradients(model, batch, tokenizer, args), bool(caught))
+            norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+            norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise data.DataError(f"at step {step + 1} the loss is {loss} and the gradient's norm {norm}: stopped; try a smaller "
                                      f"--lr. The last checkpoint in {args.out_dir} is still good")
@@ -230,12 +318,13 @@ def train(model, examples: list[data.Example], tokenizer, args, save: Callable[[
             log.write(json.dumps({"step": step + 1, "loss": loss, "lr": optimizers[0].param_groups[0]["lr"], "grad_norm": norm, "tokens": read}) + "\n")
             bar.set_postfix(loss=f"{smooth:.3f}", tokens_s=f"{tokens / (time.perf_counter() - began):,.0f}", refresh=False)
             bar.update()
-            if (step + 1) % args.save_every == 0 or step + 1 == args.max_steps or caught:
+            if (step + 1) % args.save_every == 0 or step + 1 == args.max_steps or stop:
                 log.flush()
-                os.fsync(log.fileno())                 # the log is never behind the checkpoint
+                if first:
+                    os.fsync(log.fileno())             # the log is never behind the checkpoint
                 save(step + 1)
-            if caught and step + 1 < args.max_steps:
-                return caught[0]
+            if stop and step + 1 < args.max_steps:
+                return caught[0] if caught else signal.SIGTERM
 
 
 def draw_loss(out_dir: Path) -> None:
@@ -305,6 +394,8 @@ def make_parser() -> argparse.ArgumentParser:
     a("--dtype", choices=("float32", "bfloat16"), help="of matrix products (bfloat16 on cuda, else float32)")
     a("--micro_batch", type=int, metavar="N", help="examples in memory at once; the gradients of a batch add up (all of them)")
     a("--checkpoint_activations", action="store_true", help="less memory, a third more time: compute each layer again in the backward pass")
+    a("--parallel", choices=("fsdp", "ddp"), default="fsdp",
+      help="with torchrun: every process keeps a part of all weights, gradients and moments (fsdp) or a copy of all (ddp) (%(default)s)")
     a("--compile", action="store_true", help="compile the layers with torch.compile: a slow start, then faster steps")
     a("--save_every", type=int, default=500, metavar="N", help="steps between checkpoints (%(default)s)")
     a("--no_eval", action="store_true", help="do not evaluate at the end")
@@ -340,6 +431,8 @@ def parse_args() -> argparse.Namespace:
     if args.d_model % (2 * args.n_heads):
         parser.error("--d_model must be an even multiple of --n_heads")
     args.device = find_device(args.device)
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
+        args.device += ":" + os.environ["LOCAL_RANK"]
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     if args.compile and args.device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise data.DataError("--compile needs a C++ compiler on the CPU: install g++, or name yours in the environment variable CXX")
@@ -359,7 +452,7 @@ def check_out_dir(args: argparse.Namespace) -> dict | None:
     out_dir = Path(args.out_dir)
     if args.resume:
         if (out_dir / "train_state.pt").exists():
-            return read_state(out_dir / "train_state.pt", args.device)
+            return read_state(out_dir / "train_state.pt")
         if not (out_dir / "train_log.jsonl").exists() or (out_dir / "model.safetensors").exists():
             raise data.DataError(f"{out_dir}: has no train_state.pt, so there is nothing to resume; start without --resume")
         return None                                    # it ended before its first checkpoint: start over
@@ -371,13 +464,14 @@ def check_out_dir(args: argparse.Namespace) -> dict | None:
     return None
 
 
-MAY_CHANGE = ("resume", "overwrite", "out_dir", "no_eval", "save_every", "device", "micro_batch", "checkpoint_activations", "compile")
+MAY_CHANGE = ("resume", "overwrite", "out_dir", "no_eval", "save_every", "device", "micro_batch", "checkpoint_activations", "compile",
+              "parallel")
 
 
-def read_state(file: Path, device: str) -> dict:
-    """What `save` in `main` wrote. Raises data.DataError."""
+def read_state(file: Path) -> dict:
+    """What `save` in `run` wrote, its tensors mapped from the file. Raises data.DataError."""
     try:
-        state = torch.load(file, map_location=device, weights_only=True)
+        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         if {"step", "seconds", "model", "optimizers", "args", "examples"} <= state.keys():
             return state
     except Exception:                # a broken file can raise anything
@@ -396,6 +490,17 @@ def check_same_run(state: dict, args: argparse.Namespace, n_examples: int) -> No
                              "or give another --out_dir")
 
 
+@torch.no_grad()
+def load_state(state: dict, weights: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]) -> None:
+    """Put weights and moments back, or this process's parts of them."""
+    for name, weight in weights.items():
+        weight.copy_(part_of(state["model"][name], weight))
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        moments = {i: {key: part_of(value, params[i]) for key, value in m.items()} for i, m in saved["state"].items()}
+        optimizer.load_state_dict(saved | {"state": moments})
+
+
 def open_out_dir(out_dir: Path, resumed_at: int | None) -> None:
     """An empty directory for a new run; for a resumed one, the log up to the step it is resumed at."""
     log = out_dir / "train_log.jsonl"
@@ -410,13 +515,14 @@ def open_out_dir(out_dir: Path, resumed_at: int | None) -> None:
 
 def make_model(args: argparse.Namespace, records: list[dict]):
     """The model and the tokenizer: from --init_from, or new, the tokenizer trained on the training text."""
+    device = "cpu" if dist.is_initialized() else args.device     # whence shard_model takes the parts
     if args.init_from:
-        model, tokenizer = data.load_model(args.init_from, base=args.base, device=args.device)
+        model, tokenizer = data.load_model(args.init_from, base=args.base, device=device)
         if tokenizer is None:
             raise data.DataError(f"{args.init_from}: has no tokenizer file; put the model's tokenizer.model or tokenizer.json there")
         if "gisting" not in data.read_config(args.init_from):
             data.add_gist_token(model, tokenizer)
-        return model.float(), tokenizer
+        return model if dist.is_initialized() else model.float(), tokenizer
     tokenizer = data.train_tokenizer(records, args.vocab_size)
     shape = dict(vocab_size=tokenizer.vocab_size, d_model=args.d_model, n_layers=args.n_layers, n_heads=args.n_heads,
                  head_dim=args.d_model // args.n_heads)
@@ -425,11 +531,12 @@ def make_model(args: argparse.Namespace, records: list[dict]):
     else:
         model = T5(T5Config(**shape, n_decoder_layers=args.n_layers, d_ff=2 * args.d_model, start_id=tokenizer.pad_id))
     model.init_weights(torch.Generator().manual_seed(args.seed))
-    return model.to(args.device), tokenizer
+    return model.to(device), tokenizer
 
 
-def main() -> None:
-    args = parse_args()
+def train_run(args: argparse.Namespace) -> None:
+    """All of one run but its evaluation, in this process or with others. Exits with 128 + the signal's number if it was stopped."""
+    rank, world = rank_and_world()
     began = time.time()
     state = check_out_dir(args)
     records = data.load_instructions(args.data, args.seed)["train"]
@@ -440,40 +547,51 @@ def main() -> None:
         raise data.DataError(f"{args.data}: all {skipped} training examples lose their output at --max_length {args.max_length}; raise it")
     if args.epochs:
         args.max_steps = math.ceil(args.epochs * math.ceil(len(examples) / args.batch_size))
+    if state:
+        check_same_run(state, args, len(examples))
 
     lengths = [len(e) for e in examples]
     padding = data.padding_share(lengths, data.batch_order(lengths, args.batch_size, args.seed))
-    print(f"{args.out_dir}: {args.condition}, {args.n_gist} gist tokens, {sum(p.numel() for p in model.parameters()):,} parameters on {args.device}")
-    print(f"{len(examples):,} training examples of {sum(lengths) / len(lengths):.1f} tokens; {skipped} skipped, their output was cut off; "
-          f"{padding:.1%} of a batch is padding", flush=True)
+    if rank == 0:
+        print(f"{args.out_dir}: {args.condition}, {args.n_gist} gist tokens, {sum(p.numel() for p in model.parameters()):,} parameters on "
+              f"{args.device}" + f", {world} processes" * (world > 1))
+        print(f"{len(examples):,} training examples of {sum(lengths) / len(lengths):.1f} tokens; {skipped} skipped, their output was cut off; "
+              f"{padding:.1%} of a batch is padding", flush=True)
 
-    if state:
-        check_same_run(state, args, len(examples))
     prepare_layers(model, args)
-    optimizers = make_optimizers(model, args)
-    out_dir = Path(args.out_dir)
-    open_out_dir(out_dir, resumed_at=state["step"] if state else None)
+    if dist.is_initialized():
+        shard_model(model, args)
+    weights, optimizers, out_dir = dict(model.named_parameters()), make_optimizers(model, args), Path(args.out_dir)
     if state:
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-    before = state["seconds"] if state else 0.0
+        load_state(state, weights, optimizers)
+    summed(0)                                          # no process may look for the old run when the first one changes it
+    if rank == 0:
+        open_out_dir(out_dir, resumed_at=state["step"] if state else None)
+    start, before = (state["step"], state["seconds"]) if state else (0, 0.0)
 
     def save(step: int) -> None:
         seconds = before + time.time() - began
-        data.save_state(out_dir / "train_state.pt", {"step": step, "seconds": seconds, "model": model.state_dict(), "examples": len(examples),
-                                                     "optimizers": [optimizer.state_dict() for optimizer in optimizers], "args": vars(args)})
-        data.save_model(out_dir, model, tokenizer, extra={**vars(args), "steps": step, "seconds": round(seconds, 1)})
-        draw_loss(out_dir)
+        state = whole({"model": weights, "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+        if rank == 0:
+            data.save_state(out_dir / "train_state.pt", state | {"step": step, "seconds": seconds, "args": vars(args), "examples": len(examples)})
+            data.save_model(out_dir, model, tokenizer, {**vars(args), "steps": step, "seconds": round(seconds, 1)}, state["model"])
+            draw_loss(out_dir)
 
-    start = state["step"] if state else 0
     if start >= args.max_steps:                        # nothing to train; what there is can still be evaluated
         save(start)
     if stopped := train(model, examples, tokenizer, args, save, optimizers, start):
-        again = shlex.join(["python", *(a for a in sys.argv if a not in ("--overwrite", "--resume")), "--resume"])
-        print(f"stopped and saved; go on with: {again}", file=sys.stderr)
+        launcher = ["python"] if world == 1 else ["torchrun", "--nproc_per_node", str(world)]
+        again = shlex.join(launcher + [a for a in sys.argv if a not in ("--overwrite", "--resume")] + ["--resume"])
+        if rank == 0:
+            print(f"stopped and saved; go on with: {again}", file=sys.stderr)
         sys.exit(128 + stopped)
-    if not args.no_eval:
+
+
+def main() -> None:
+    args = parse_args()
+    with process_group(args):
+        train_run(args)
+    if not args.no_eval and os.environ.get("RANK", "0") == "0":
         sys.exit(subprocess.call([sys.executable, str(Path(__file__).with_name("eval.py")), "run", args.out_dir, "--device", args.device]))
 
 

@@ -21,7 +21,7 @@ COMMANDS = sorted({c.strip() for c in re.findall(r"python (?:train|eval|profile)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_parses(command):
     script, *args = shlex.split(command.removeprefix("python "))
-    values = {"$arch": "t5", "$c": "gist"}
+    values = {"$arch": "t5", "$c": "gist", "$n": "2"}
     PARSERS[script]().parse_args([values.get(a, a) for a in args if a != "..."])
 
 
