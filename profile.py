@@ -3,6 +3,7 @@
     python profile.py paper                        # the paper's efficiency table, from the models' shapes alone
     python profile.py run OUT_DIR                  # the same measured on a real model, with time and memory
     python profile.py train|generate|load OUT_DIR  # throughput
+    python profile.py memory --preset llama-7b --gpus 4    # will the training fit?
 
 Before the first token of an answer, the model reads p prompt tokens, n gist tokens and q input tokens. What was cached when the
 prompt was read before decides how many of them are new, and how many keys they attend to; the difference is in the cache:
@@ -340,6 +341,68 @@ def load_speed(args) -> None:
         print(f"{args.model}, {device}, {name:20} {median(seconds[name]):8.3f} s{peaks[name]:8,.0f} MiB at most")
 
 
+# ---- profile.py memory ----
+
+def n_parameters(c) -> tuple[int, int]:
+    """The numbers of parameters outside and inside the layers."""
+    with torch.device("meta"):
+        model = (t5.T5 if is_t5(c) else llama.Llama)(c)
+    inner = sum(p.numel() for layer in train.layers_of(model) for p in layer.parameters())
+    return sum(p.numel() for p in model.parameters()) - inner, inner
+
+
+def layer_activations(c, B: int, T: int, itemsize: int, S: int = 0) -> int:
+    """Bytes that a layer keeps for its backward pass. T: its tokens; S: those of the source, in a T5 decoder.
+
+    itemsize: of matrix products. A norm keeps its fp32 input and its fp32 output; matrices their input, which autocast copies for each
+    of them; attention q, k, v, the mask, and what goes into wo (T5, whose bias is learned: and fp32 probabilities); feed-forward all
+    that is as wide as d_ff.
+    """
+    autocast, wide, heads = itemsize == 2, 4 if not is_t5(c) or c.gated else 2, c.n_heads * c.head_dim
+    norms = 8 * (3 if S else 2) * c.d_model
+    inputs = itemsize * c.d_model * (bool(S) + (3 + wide // 2 if autocast else 2))
+    if is_t5(c):
+        attention = heads * (3 * 4 + itemsize) + 4 * c.n_heads * T
+    else:
+        attention = itemsize * (3 * heads + 2 * c.n_kv_heads * c.head_dim + T)
+    cross = itemsize * (3 * heads * T + 2 * (heads + c.d_model * autocast) * S) if S else 0
+    return B * (T * (norms + inputs + attention + wide * c.d_ff * itemsize) + cross)
+
+
+def training_memory(c, outer: int, inner: int, gpus: int, batch: int, length: int, target: int, itemsize: int, parallel: str, recompute: bool) -> dict[str, float]:
+    """Bytes on every GPU of a training with AdamW, by what they are for.
+
+    outer, inner: parameters outside and inside the layers; batch: examples at once on a GPU; length: their tokens, T5: of the source, and `target` of the output; itemsize: of matrix products.
+    """
+    n_layers = c.n_layers + (c.n_decoder_layers if is_t5(c) else 0)
+    parts = gpus if parallel == "fsdp" else 1
+    weights = 4 * (outer + inner) / parts
+    layers = [layer_activations(c, batch, length, itemsize)] * c.n_layers
+    if is_t5(c):
+        layers += [layer_activations(c, batch, target, itemsize, length)] * c.n_decoder_layers
+    inputs = 4 * batch * c.d_model * (c.n_layers * length + (c.n_decoder_layers * target if is_t5(c) else 0))
+    labels = target if is_t5(c) else length // 3
+    if parts > 1:                                      # two layers whole, and the embeddings, with their gradients
+        copies = 2 * itemsize * 2 * inner / n_layers + 8 * outer
+    else:                                              # autocast's
+        copies = itemsize * (inner + outer) if itemsize == 2 else 0
+    return {"weights": weights, "gradients": weights, "moments": 2 * weights, "copies": copies,
+            "activations": inputs + max(layers) if recompute else sum(layers), "logits": 8 * batch * labels * c.vocab_size}
+
+
+def memory(args) -> None:
+    """Print how much memory a training takes on every GPU."""
+    preset = train.PRESETS.get(args.preset, {})
+    config = llama.LlamaConfig.from_name(args.preset) if args.preset in llama.PRESETS else t5.T5Config.from_name(args.preset)
+    together = args.batch_size or preset.get("batch_size", 8)
+    batch = min(args.micro_batch or together, -(-together // args.gpus))
+    length, itemsize = args.length or preset.get("max_length", 128 if is_t5(config) else 512), 2 if args.dtype == "bfloat16" else 4
+    parts = training_memory(config, *n_parameters(config), args.gpus, batch, length, args.target, itemsize, args.parallel, args.checkpoint_activations)
+    print(f"training {args.preset} with AdamW on {args.gpus} GPUs ({args.parallel}, {args.dtype}): {batch} examples of {length} tokens at once on each")
+    for name, size in [*parts.items(), ("together", sum(parts.values()))]:
+        print(f"{name:16}{size / 2**30:9.1f} GiB")
+
+
 # ---- The command ----
 
 def make_parser() -> argparse.ArgumentParser:
@@ -355,6 +418,17 @@ def make_parser() -> argparse.ArgumentParser:
         p.add_argument("model", metavar="OUT_DIR", help="a checkpoint, or the name of a preset (smollm2-135m), which gets random weights")
         p.add_argument("--device", help="cuda, mps or cpu; default: the first of these that is there")
         p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on cuda, else float32")
+    p = commands.add_parser("memory", help="will a training fit? memory for every GPU, from the shapes alone", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.set_defaults(call=memory)
+    p.add_argument("--preset", choices=[*llama.PRESETS, *t5.PRESETS], default="llama-7b", help="the model, and its batches if train.py has such a preset")
+    p.add_argument("--gpus", type=int, default=1, help="processes of torchrun")
+    for flag, text in (("--batch_size", "examples a step, on all GPUs; default: the preset's, or 8"), ("--micro_batch", "examples at once on a GPU; default: all of its share"),
+                       ("--length", "tokens of an example, T5: of its source; default: the longest")):
+        p.add_argument(flag, type=int, help=text)
+    p.add_argument("--target", type=int, default=256, help="T5: tokens of an output")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of matrix products; weights and moments are fp32")
+    p.add_argument("--parallel", choices=("fsdp", "ddp"), default="fsdp", help="as in train.py")
+    p.add_argument("--checkpoint_activations", action="store_true", help="as in train.py")
     by_name["run"].add_argument("--data", help="take the human split of this data: 'builtin' or a directory; default: the checkpoint's")
     by_name["run"].add_argument("--out_dir", default="out/profile", help="where profile.csv and profile.png go")
     by_name["run"].add_argument("--prompt_tokens", type=int, nargs="+", help="take random prompts of these lengths")

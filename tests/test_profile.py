@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import profile
-from model import Llama, LlamaConfig
+import train
+from model import IGNORE, Llama, LlamaConfig
 from t5 import T5, T5Config
 
 ROOT = Path(__file__).parent.parent
@@ -112,6 +113,53 @@ def test_paper_prints_the_table():
     assert done.returncode == 0, done.stderr
     for number in ("914.6", "553.0", "552.4", "715.7", "426.7", "39.6%", "40.4%", "26.3 prompt tokens"):
         assert number in done.stdout
+
+
+# ---- Memory ----
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("make", [
+    lambda: Llama(LlamaConfig(vocab_size=100, d_model=128, n_layers=4, n_heads=8, n_kv_heads=4, head_dim=16, d_ff=384)),
+    lambda: T5(T5Config(vocab_size=100, d_model=96, n_layers=3, n_decoder_layers=3, n_heads=6, head_dim=16, d_ff=256)),
+    lambda: T5(T5Config(vocab_size=100, d_model=96, n_layers=2, n_decoder_layers=4, n_heads=4, head_dim=24, d_ff=320, gated=False)),
+], ids=["llama", "t5", "t5 1.0"])
+def test_memory_of_a_real_training_is_within_10_percent_of_the_estimate(make, dtype):
+    """Counted: weights, gradients, moments, and every tensor that autograd keeps; but not autocast's copies of weights."""
+    model, B, T = make(), 7, 90
+    target = 30
+    tokens = torch.randint(0, 90, (B, T))
+    tokens[:, 20] = 99
+    targets = torch.randint(0, 90, (B, target))
+    if isinstance(model, Llama):
+        targets = torch.cat([torch.full((B, T - target), IGNORE), targets], dim=1)
+    batch = {"tokens": tokens, "valid": torch.ones_like(tokens, dtype=torch.bool), "targets": targets}
+    weights, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+    shapes = {shape for p in model.parameters() if p.ndim == 2 for shape in (p.shape, p.mT.shape)}
+
+    def keep(x):
+        storage = x.untyped_storage()
+        if storage._cdata not in weights and not (x.dtype == torch.bfloat16 and x.shape in shapes):
+            kept[storage._cdata] = storage
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        train.batch_loss(model, batch, 99, "gist").backward()
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.step()
+    n = sum(p.numel() for p in model.parameters())
+    inner = sum(p.numel() for layer in train.layers_of(model) for p in layer.parameters())
+    parts = profile.training_memory(model.config, n - inner, inner, 1, B, T, target, 2 if dtype == "bfloat16" else 4, "fsdp", False)
+    moments = sum(m.nbytes for state in optimizer.state.values() for m in state.values() if m.ndim)
+    assert [sum(p.nbytes for p in model.parameters()), sum(p.grad.nbytes for p in model.parameters()), moments] == \
+        [parts[name] for name in ("weights", "gradients", "moments")]
+    assert sum(storage.nbytes() for storage in kept.values()) == pytest.approx(parts["activations"] + parts["logits"], rel=0.1)
+
+
+def test_memory_prints_what_llama_7b_takes_on_four_gpus():
+    done = python("profile.py", "memory", "--preset", "llama-7b", "--gpus", "4", "--micro_batch", "4")
+    sizes = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines()[1:]}
+    assert sizes["weights"] == pytest.approx(6_738_415_616 * 4 / 4 / 2**30, abs=0.1)
+    assert sizes["together"] == pytest.approx(sum(sizes.values()) / 2, abs=0.5)
 
 
 # ---- The other commands ----
