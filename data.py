@@ -26,7 +26,7 @@ import zipfile
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain, groupby
+from itertools import chain, count, groupby, islice
 from pathlib import Path
 from typing import BinaryIO, Callable, Iterable, Iterator
 
@@ -48,15 +48,15 @@ class DataError(Exception):
 
 # ---- Instructions ----
 
-def load_instructions(path: str, seed: int = 0) -> dict[str, list[dict]]:
+def load_instructions(path: str, seed: int = 0, n_shots: int = 0, per_step: bool = False) -> dict[str, list[dict]]:
     """Read a data set: {"train": [...], "seen": [...], "unseen": [...], "human": [...]}.
 
     path: "builtin", or a directory in the Alpaca+ layout: `*train*.json` and any of `*validation_seen*.json`,
     `*validation_unseen*.json`, `*validation_human*.json`, each a JSON array or JSON lines. A record is a dict with the strings
-    `instruction`, `input` ("" if it needs none) and `output`. A split without a file is []. Raises DataError.
+    `instruction`, `input` ("" if it needs none) and `output`. A split without a file is []. n_shots and per_step: see `builtin`, which alone has them. Raises DataError.
     """
     if path == "builtin":
-        return builtin(seed=seed)
+        return builtin(seed=seed, n_shots=n_shots, per_step=per_step)
     folder = Path(path)
     if not folder.is_dir():
         raise DataError(f"{path}: no such data directory; give one in the Alpaca+ layout, or --data builtin")
@@ -78,7 +78,7 @@ def read_records(file: Path) -> list[dict]:
             if problem := what_is_wrong(record):
                 bad.append(f"{place}: {problem}")
             else:
-                records.append({"input": "", **record})
+                records.append({key: record.get(key, "") for key in ("instruction", "input", "output")})
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({one_line(error)})") from None
     if bad:
@@ -172,12 +172,14 @@ def _word_after(w: list[str], a: str) -> list[str]:
 
 @dataclass
 class Task:
-    """One instruction: its text, its family, what it does to a list of words, the word that it looks for, if any, and how many it names."""
+    """One instruction: its text, its family, what it does to a list of words, the word that it looks for, if any, how many it names,
+    and the texts of its steps."""
     text: str
     family: str
     solve: Callable[[list[str]], list[str]]
     looks_for: str | None
     n_words: int
+    steps: list[str]
 
 
 FAMILIES = {
@@ -249,8 +251,9 @@ def _one_step(rng: random.Random, name: str) -> Task:
     number, place = rng.choice((2, 3)), rng.randrange(len(ORDINALS))
     slots = dict(zip("abc", words), n=NUMBERS[number], nth=ORDINALS[place], list=rng.choice(LISTS))
     n = place if "{nth}" in family.templates[0] else number
-    return Task(template.format(**slots), name, lambda w: family.apply(w, *words, n), words[0] if family.compares else None,
-                sum(f"{{{slot}}}" in template for slot in "abc"))
+    text = template.format(**slots)
+    return Task(text, name, lambda w: family.apply(w, *words, n), words[0] if family.compares else None,
+                sum(f"{{{slot}}}" in template for slot in "abc"), [text])
 
 
 def make_task(rng: random.Random, compares: float = 0.18, two_steps: float = 0.08) -> Task:
@@ -261,11 +264,14 @@ def make_task(rng: random.Random, compares: float = 0.18, two_steps: float = 0.0
         return _one_step(rng, rng.choice([name for name, family in FAMILIES.items() if family.compares == wanted]))
     first, second = (_one_step(rng, rng.choice(STEPS)) for _ in range(2))
     text = f"{first.text[:-1]}, then {second.text[0].lower()}{second.text[1:]}"
-    return Task(text, "two steps", lambda w: second.solve(first.solve(w)), None, first.n_words + second.n_words)
+    return Task(text, "two steps", lambda w: second.solve(first.solve(w)), None, first.n_words + second.n_words, first.steps + second.steps)
 
 
-def make_record(task: Task, rng: random.Random) -> dict | None:
-    """An example of an instruction: a random list of 3 to 5 words and the answer. None if it asks for words that are not there."""
+def make_record(task: Task, rng: random.Random, n_shots: int = 0, per_step: bool = False) -> dict | None:
+    """An example of an instruction: a random list of 3 to 5 words and the answer. None if it asks for words that are not there.
+
+    With n_shots it has a list "shots" of (input, output) to show in the prompt; with per_step the texts of its "steps".
+    """
     words = rng.sample(WORDS, rng.randint(3, 5))
     if task.looks_for and task.looks_for not in words and rng.random() < 0.75:
         words[rng.randrange(len(words))] = task.looks_for
@@ -275,7 +281,11 @@ def make_record(task: Task, rng: random.Random) -> dict | None:
         return None
     if not 0 < len(answer) <= 12:
         return None
-    return {"instruction": task.text, "input": " ".join(words), "output": " ".join(answer), "source": task.family, "n_words": task.n_words}
+    record = {"instruction": task.text, "input": " ".join(words), "output": " ".join(answer), "source": task.family, "n_words": task.n_words}
+    if n_shots:
+        shots = islice(filter(None, (make_record(task, rng) for _ in count())), n_shots)
+        record["shots"] = [(shot["input"], shot["output"]) for shot in shots]
+    return record | ({"steps": task.steps} if per_step else {})
 
 
 def is_held_out(instruction: str) -> bool:
@@ -283,26 +293,26 @@ def is_held_out(instruction: str) -> bool:
     return hashlib.sha256(instruction.encode()).digest()[0] % 10 == 0
 
 
-def builtin(n_train: int = 100_000, n_valid: int = 500, seed: int = 0) -> dict[str, list[dict]]:
+def builtin(n_train: int = 100_000, n_valid: int = 500, seed: int = 0, n_shots: int = 0, per_step: bool = False) -> dict[str, list[dict]]:
     """The built-in data set, generated: unseen instructions never occur in training, seen ones do, with other inputs.
 
     Training asks for what is hard to learn, comparing and two steps, twice as often as the validation splits do. `human` is written
-    by hand in free phrasing (assets/human.json): no template makes these instructions.
+    by hand in free phrasing (assets/human.json): no template makes these instructions. n_shots, per_step: see `make_record`.
     """
     rng = random.Random(seed)
     data: dict[str, list[dict]] = {"train": [], "seen": [], "unseen": []}
     trained: dict[str, list[Task]] = {}                                   # family -> tasks of the training set
     while len(data["train"]) < n_train:
         task = make_task(rng, compares=0.36, two_steps=0.16)
-        if not is_held_out(task.text) and (record := make_record(task, rng)):
+        if not is_held_out(task.text) and (record := make_record(task, rng, n_shots, per_step)):
             data["train"].append(record)
             trained.setdefault(task.family, []).append(task)
     while len(data["unseen"]) < n_valid:
         task = make_task(rng)
-        if is_held_out(task.text) and (record := make_record(task, rng)):
+        if is_held_out(task.text) and (record := make_record(task, rng, n_shots, per_step)):
             data["unseen"].append(record)
     while len(data["seen"]) < n_valid:
-        if (tasks := trained.get(make_task(rng).family)) and (record := make_record(rng.choice(tasks), rng)):
+        if (tasks := trained.get(make_task(rng).family)) and (record := make_record(rng.choice(tasks), rng, n_shots, per_step)):
             data["seen"].append(record)
     data["human"] = read_records(Path(__file__).parent / "assets" / "human.json")
     return data
@@ -325,15 +335,16 @@ class Example:
 def layout(record: dict, tokenizer, n_gist: int, arch: str = "llama", idf: dict[str, float] | None = None) -> Example:
     """Tokenize the three parts of a record, each by itself, and put n_gist gist tokens at the end of the prompt.
 
-    With `idf` (see `inverse_frequencies`) the instruction is replaced by its n_gist most informative words, and nothing is put behind it.
+    A record with "steps" has a prompt with gist tokens for each of them; one with "shots" shows these examples in its prompt. With `idf` (see `inverse_frequencies`) the instruction is replaced by its n_gist most informative words, and nothing is put behind it.
     """
     def ids(text: str) -> list[int]:
         return tokenizer.encode(tokenizer.prefix + text.strip()) if text.strip() else []
 
-    instruction = record["instruction"].strip()
+    shots = "".join(f"\nInput: {given}\nOutput: {answer}" for given, answer in record.get("shots", []))
+    prompts = record.get("steps") or [record["instruction"].strip() + shots]
     if idf is not None:
-        instruction, n_gist = keywords(instruction, idf, n_gist), 0
-    prompt = ids("Instruction: " + instruction) + [tokenizer.gist_id] * n_gist
+        prompts, n_gist = [keywords(record["instruction"], idf, n_gist)], 0
+    prompt = [i for text in prompts for i in ids("Instruction: " + text) + [tokenizer.gist_id] * n_gist]
     given = "Input: " + record["input"].strip() if record["input"].strip() else ""
     output = ids(record["output"]) + [tokenizer.eos_id]
     if arch == "t5":
@@ -360,6 +371,42 @@ def make_examples(records: list[dict], tokenizer, n_gist: int, arch: str = "llam
         if e.input and e.output:
             examples.append(e)
     return examples, len(records) - len(examples)
+
+
+def text_examples(path: str, tokenizer, n_gist: int, arch: str, n: int, seed: int = 0) -> list[Example]:
+    """n examples of gist pretraining: running text, cut into a span, which the gist tokens have to hold, and the 32 tokens that follow it.
+
+    path: a UTF-8 text file or a directory of *.txt files, read line by line, again and again until there are enough; or "builtin",
+    for the built-in instructions with their inputs and outputs as running text. Spans have 4 to 64 tokens. Raises DataError.
+    """
+    rng, examples, text = random.Random(seed), [], []
+    given = [tokenizer.eos_id] if arch == "t5" else tokenizer.encode(tokenizer.prefix + "\nOutput:")
+    start = [] if arch == "t5" or tokenizer.bos_id is None else [tokenizer.bos_id]
+    while len(examples) < n:
+        before = len(examples)
+        for line in text_lines(path, seed):
+            text += tokenizer.encode(tokenizer.prefix + line.strip()) if line.strip() else []
+            while len(text) >= 96 and len(examples) < n:
+                span = rng.randint(4, 64)
+                examples.append(Example(start + text[:span] + [tokenizer.gist_id] * n_gist, given, text[span:span + 32], {}))
+                text = text[rng.randint(1, span + 32):]                   # the next cut is anywhere in it
+            if len(examples) == n:
+                return examples
+        if len(examples) == before:
+            raise DataError(f"{path}: less than 96 tokens of text, too little to learn from; give more or longer *.txt files")
+    return examples
+
+
+def text_lines(path: str, seed: int) -> Iterator[str]:
+    if path == "builtin":
+        yield from (f"{r['instruction']} {r['input']} {r['output']}" for r in builtin(seed=seed)["train"])
+        return
+    try:
+        for file in sorted(Path(path).rglob("*.txt")) if Path(path).is_dir() else [path]:
+            with open(file, encoding="utf-8", errors="replace") as f:
+                yield from f
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({one_line(error)})") from None
 
 
 # The paper's discrete baseline: a prompt compressed into words instead of activations.

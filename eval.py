@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import data
 import gist_mask
-from model import IGNORE
+from model import IGNORE, Cache
 from train import batch_loss, find_device
 
 
@@ -196,12 +196,21 @@ def answer(model, tokenizer, examples: list[data.Example], condition: str, n_gis
     rows = [e.input for e in examples]
     if condition in ("pos_control", "tfidf") or n_gist == 0:
         rows = [e.prompt + e.input for e in examples]
+    elif condition == "gist" and any("steps" in e.record for e in examples):
+        cache = Cache.cat([compress_apart(model, e.prompt, tokenizer.gist_id, n_gist) for e in examples])
     elif condition == "gist":
         tokens, valid = tensors([e.prompt for e in examples])
         cache = model.compress(tokens, tokenizer.gist_id, valid)
     tokens, valid = tensors(rows)
     new = model.generate(tokens, valid, cache=cache, max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id)
     return [tokenizer.decode(ids).strip() for ids in new]
+
+
+def compress_apart(model, prompt: list[int], gist_id: int, n_gist: int) -> Cache:
+    """Compress the prompts of a row with several, each without the others, and join their gists."""
+    ends = [i + 1 for i in range(len(prompt)) if prompt[i] == gist_id][n_gist - 1::n_gist]
+    rows = [torch.tensor([prompt[start:end]], device=next(model.parameters()).device) for start, end in zip([0, *ends], ends)]
+    return Cache.join([model.compress(row, gist_id, first=i * n_gist) for i, row in enumerate(rows)])
 
 
 @torch.no_grad()
@@ -261,7 +270,7 @@ def open_gist_run(path: str, device: str | None) -> tuple:
 def run_one(path: str, args) -> dict:
     """Evaluate one run on every split that its data has: write outputs-<split>.csv and metrics.json, return the metrics."""
     model, tokenizer, config = open_run(path, args.device)
-    splits = data.load_instructions(args.data or config["data"], config["seed"])
+    splits = data.load_instructions(args.data or config["data"], config["seed"], config.get("n_shots", 0), config.get("per_step", False))
     idf = data.inverse_frequencies(splits["train"]) if config["condition"] == "tfidf" else None
     metrics = {key: config[key] for key in ("condition", "n_gist", "arch", "steps", "seconds")}
     for split in data.SPLITS:

@@ -17,12 +17,16 @@ prompt altogether: what a model gets right there, it gets right without the inst
 
     mask[q, k] = TABLE[condition][segment(q), segment(k)]  and  (k <= q, in a decoder)  and  k is not padding
 
+A row may hold several prompts, each with gist tokens behind it. Prompts and gist tokens then see their own pair only, and the
+input sees all the gists: each prompt can be compressed alone, and the caches joined.
+
 Mu, Li & Goodman, "Learning to Compress Prompts with Gist Tokens", NeurIPS 2023, section 3. Run this file to see the masks.
 """
 import argparse
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CONDITIONS = ("gist", "pos_control", "neg_control")
@@ -44,24 +48,31 @@ TABLE = {
 
 
 def segments(tokens: Tensor, gist_id: int) -> Tensor:
-    """Label every token: 0 prompt (before the first gist token), 1 gist, 2 input (after the last).
+    """Label every token: 0 prompt (before a gist token), 1 gist, 2 input (after the last).
 
     tokens: (B, T) int64. Returns (B, T) int64. A row without gist tokens is all input, so that nothing of it is masked.
     """
     is_gist = tokens == gist_id                                     # (B, T)
-    before = is_gist.cumsum(dim=1) == 0                             # (B, T) no gist token up to here
-    after = is_gist.flip(1).cumsum(dim=1).flip(1) == 0              # (B, T) none from here on
-    return torch.where(after, INPUT, torch.where(before, PROMPT, GIST))
+    after = is_gist.flip(1).cumsum(dim=1).flip(1) == 0              # (B, T) no gist token from here on
+    return torch.where(after, INPUT, torch.where(is_gist, GIST, PROMPT))
+
+
+def pairs(tokens: Tensor, gist_id: int) -> Tensor:
+    """Number the pairs of a prompt and its gist tokens: how many ended before every token. tokens: (B, T) int64. Returns (B, T) int64."""
+    is_gist = (tokens == gist_id).int()
+    return (F.pad(is_gist, (1, 0)).diff(dim=1) < 0).cumsum(dim=1)   # (B, T)
 
 
 def positions(tokens: Tensor, gist_id: int) -> Tensor:
     """Positions counted from the gist: 0 at the first gist token, negative in the prompt, n_gist at the first input token.
 
     tokens: (B, T) int64. Returns (B, T) int64. A row without gist tokens counts from its first column. Only differences
-    of positions enter the models, so this changes no output; but a gist computed once then fits any input.
+    of positions enter the models, so this changes no output; but a gist computed once then fits any input. With several
+    pairs, a gist follows the one before, as if there were no prompts, and every prompt ends right before its own gist.
     """
-    first_gist = (tokens == gist_id).int().argmax(dim=1, keepdim=True)    # (B, 1), 0 where a row has none
-    return torch.arange(tokens.shape[1], device=tokens.device) - first_gist
+    prompt, pair = segments(tokens, gist_id) == PROMPT, pairs(tokens, gist_id)                       # (B, T)
+    not_counted = prompt[:, None, :] & (pair[:, None, :] <= pair[:, :, None])                       # (B, T, T)
+    return torch.arange(tokens.shape[1], device=tokens.device) - not_counted.sum(dim=2)
 
 
 def encoder_mask(tokens: Tensor, gist_id: int, condition: str = "gist", valid: Tensor | None = None) -> Tensor:
@@ -72,6 +83,9 @@ def encoder_mask(tokens: Tensor, gist_id: int, condition: str = "gist", valid: T
     """
     s = segments(tokens, gist_id)                                         # (B, T)
     mask = TABLE[condition].to(tokens.device)[s[:, :, None], s[:, None, :]]    # (B, T, T)
+    if condition != "pos_control":                                        # of several prompts, each is seen by its own gist only
+        pair = pairs(tokens, gist_id)                                     # (B, T)
+        mask = mask & ((pair[:, :, None] == pair[:, None, :]) | (s == INPUT)[:, :, None])
     if valid is not None:
         itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
         mask = mask & valid[:, None, :] | itself

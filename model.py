@@ -150,6 +150,14 @@ class Cache:
         return Cache(join([c.keys for c in caches], 1, 3), join([c.values for c in caches], 1, 3),
                      join([c.valid for c in caches], 0, 1), join([c.positions for c in caches], 0, 1), hidden)
 
+    @staticmethod
+    def join(caches: list["Cache"]) -> "Cache":
+        """Join prompts that were compressed apart, to answer from all of them: the same rows, one cache behind the other."""
+        def behind(name: str, dim: int) -> Tensor:
+            return torch.cat([getattr(c, name).narrow(dim, 0, c.length) for c in caches], dim=dim)
+        return Cache(behind("keys", 3), behind("values", 3), behind("valid", 1), behind("positions", 1),
+                     None if caches[0].hidden is None else behind("hidden", 1))
+
     def to(self, device=None, dtype: torch.dtype | None = None) -> "Cache":
         """On another device, in another dtype."""
         return Cache(self.keys.to(device, dtype), self.values.to(device, dtype), self.valid.to(device), self.positions.to(device),
@@ -283,15 +291,15 @@ class Llama(nn.Module):
         return Cache(weight.new_empty(shape), weight.new_empty(shape), nothing.bool(), nothing)
 
     @torch.no_grad()
-    def compress(self, tokens: Tensor, gist_id: int, valid: Tensor | None = None, keep: str = "gist") -> Cache:
+    def compress(self, tokens: Tensor, gist_id: int, valid: Tensor | None = None, keep: str = "gist", first: int = 0) -> Cache:
         """Read prompts once, and keep what is needed to answer from them.
 
         tokens: (B, T) int64, prompt and gist tokens, nothing after them; every row has the same number of gist tokens. valid:
-        (B, T) bool, False on padding. keep="gist" keeps the gist's columns, keep="all" every one (the paper's instruction
-        caching). Returns a `Cache` for `generate`; the next position is the number of gist tokens, whatever the prompt's length.
+        (B, T) bool, False on padding. first: the position of the first gist token, behind other prompts' (`Cache.join`). keep="gist" keeps the gist's columns, keep="all" every one (the paper's instruction
+        caching). Returns a `Cache` for `generate`; the next position follows the last gist token, whatever the prompt's length.
         """
         valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
-        positions, columns = locate_gist(tokens, gist_id)
+        positions, columns = locate_gist(tokens, gist_id, first)
         cache = self.empty_cache(*tokens.shape)
         self.hidden(tokens, causal_mask(cache.valid, valid), positions, cache)
         cache.valid, cache.positions = valid, positions
@@ -337,12 +345,12 @@ class Llama(nn.Module):
         return answers
 
 
-def locate_gist(tokens: Tensor, gist_id: int) -> tuple[Tensor, Tensor]:
-    """Where the gist stands: positions counted from every row's first gist token (B, T), and the gist's columns (B, n_gist), int64."""
+def locate_gist(tokens: Tensor, gist_id: int, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Where the gist stands: positions, `first` at every row's first gist token (B, T), and the gist's columns (B, n_gist), int64."""
     is_gist = tokens == gist_id                                           # (B, T)
     n_gist = int(is_gist[0].sum())
     assert (is_gist.sum(dim=1) == n_gist).all(), "every row needs the same number of gist tokens"
-    positions = torch.arange(tokens.shape[1], device=tokens.device) - is_gist.int().argmax(dim=1, keepdim=True)
+    positions = first + torch.arange(tokens.shape[1], device=tokens.device) - is_gist.int().argmax(dim=1, keepdim=True)
     return positions, is_gist.nonzero()[:, 1].view(len(tokens), n_gist)
 
 

@@ -172,6 +172,14 @@ def interval(values: list[float]) -> str:
 
 # ---- Models and prompts ----
 
+def config_of(preset: str) -> llama.LlamaConfig | t5.T5Config:
+    """The shape of a preset. Raises data.DataError."""
+    for config, presets in ((llama.LlamaConfig, llama.PRESETS), (t5.T5Config, t5.PRESETS)):
+        if preset in presets:
+            return config.from_name(preset)
+    raise data.DataError(f"{preset}: neither a directory nor a preset; the presets are {', '.join([*llama.PRESETS, *t5.PRESETS])}")
+
+
 def open_model(args) -> tuple[llama.Llama | t5.T5, object, int]:
     """A checkpoint, or a preset with random weights: the model, its tokenizer or None, the gist's id. Fills in args. Raises data.DataError."""
     args.device = train.find_device(args.device)
@@ -182,11 +190,10 @@ def open_model(args) -> tuple[llama.Llama | t5.T5, object, int]:
         gisting = data.read_config(args.model).get("gisting") or {}
         if tokenizer is not None and not gisting:
             data.add_gist_token(model, tokenizer)
-    elif args.model not in [*llama.PRESETS, *t5.PRESETS]:
-        raise data.DataError(f"{args.model}: neither a directory nor a preset; the presets are {', '.join([*llama.PRESETS, *t5.PRESETS])}")
     else:
+        config = config_of(args.model)
         with torch.device(args.device):
-            model = (llama.Llama(llama.LlamaConfig.from_name(args.model)) if args.model in llama.PRESETS else t5.T5(t5.T5Config.from_name(args.model)))
+            model = (t5.T5 if is_t5(config) else llama.Llama)(config)
         model.init_weights()
     args.n_gist = args.n_gist or gisting.get("n_gist") or 1
     args.data = args.data or gisting.get("data") or "builtin"
@@ -392,8 +399,7 @@ def training_memory(c, outer: int, inner: int, gpus: int, batch: int, length: in
 
 def memory(args) -> None:
     """Print how much memory a training takes on every GPU."""
-    preset = train.PRESETS.get(args.preset, {})
-    config = llama.LlamaConfig.from_name(args.preset) if args.preset in llama.PRESETS else t5.T5Config.from_name(args.preset)
+    preset, config = train.PRESETS.get(args.preset, {}), config_of(args.preset)
     together = args.batch_size or preset.get("batch_size", 8)
     batch = min(args.micro_batch or together, -(-together // args.gpus))
     length, itemsize = args.length or preset.get("max_length", 128 if is_t5(config) else 512), 2 if args.dtype == "bfloat16" else 4
@@ -420,7 +426,7 @@ def make_parser() -> argparse.ArgumentParser:
         p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on cuda, else float32")
     p = commands.add_parser("memory", help="will a training fit? memory for every GPU, from the shapes alone", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.set_defaults(call=memory)
-    p.add_argument("--preset", choices=[*llama.PRESETS, *t5.PRESETS], default="llama-7b", help="the model, and its batches if train.py has such a preset")
+    p.add_argument("--preset", default="llama-7b", metavar="NAME", help="the model, and its batches if train.py has such a preset")
     p.add_argument("--gpus", type=int, default=1, help="processes of torchrun")
     for flag, text in (("--batch_size", "examples a step, on all GPUs; default: the preset's, or 8"), ("--micro_batch", "examples at once on a GPU; default: all of its share"),
                        ("--length", "tokens of an example, T5: of its source; default: the longest")):

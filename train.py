@@ -58,7 +58,8 @@ def batch_loss(model, batch: dict[str, Tensor], gist_id: int, condition: str) ->
     condition = "pos_control" if condition == "tfidf" else condition      # nothing of the shortened prompt is hidden
     if isinstance(model, T5):
         mask, cross = (make(tokens, gist_id, condition, valid) for make in (gist_mask.encoder_mask, gist_mask.cross_mask))
-        return model.loss(tokens, batch["targets"], mask, cross)
+        several = gist_mask.pairs(tokens, gist_id).max() > 1              # one gist needs no positions of its own: only differences count
+        return model.loss(tokens, batch["targets"], mask, cross, gist_mask.positions(tokens, gist_id) if several else None)
     mask, positions = gist_mask.decoder_mask(tokens, gist_id, condition, valid), gist_mask.positions(tokens, gist_id)
     return model.loss(tokens, batch["targets"], mask, positions)
 
@@ -361,6 +362,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     a = (source := parser.add_argument_group("what to train on, and where to keep it")).add_argument
     a("--data", default="builtin", metavar="DIR", help="a directory in the Alpaca+ layout, or 'builtin' (builtin)")
+    a("--n_shots", type=int, default=0, metavar="K", help="builtin: show K worked examples in every prompt (%(default)s)")
+    a("--per_step", action="store_true", help="builtin: of an instruction of two steps, make two prompts with a gist each")
+    a("--pretrain_gist", metavar="TEXT", help="learn to compress running text instead, a file or a directory of *.txt, or 'builtin'; then go on with --init_from")
     a("--init_from", metavar="DIR", help="start from this checkpoint (random weights)")
     a("--base", metavar="DIR", help="the original LLaMA, if --init_from holds differences from it")
     a("--out_dir", metavar="DIR", help="where the run is kept (out/ARCH-CONDITION-N_GIST)")
@@ -421,7 +425,11 @@ def parse_args() -> argparse.Namespace:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name, least in dict(n_gist=0, max_steps=0, batch_size=1, max_length=1, max_target=1, d_model=1, n_layers=1, n_heads=1,
+    if args.pretrain_gist and (args.condition != "gist" or args.n_gist < 1 or args.epochs):
+        parser.error("--pretrain_gist needs --condition gist, a gist token, and --max_steps")
+    if (args.n_shots or args.per_step) and args.data != "builtin" or args.per_step and args.condition != "gist":
+        parser.error("--n_shots and --per_step are for --data builtin, --per_step with --condition gist only")
+    for name, least in dict(n_gist=0, n_shots=0, max_steps=0, batch_size=1, max_length=1, max_target=1, d_model=1, n_layers=1, n_heads=1,
                             vocab_size=1, save_every=1).items():
         if getattr(args, name) < least:
             parser.error(f"--{name} must be {least} or more")
@@ -539,10 +547,13 @@ def train_run(args: argparse.Namespace) -> None:
     rank, world = rank_and_world()
     began = time.time()
     state = check_out_dir(args)
-    records = data.load_instructions(args.data, args.seed)["train"]
+    records = data.load_instructions(args.data, args.seed, args.n_shots, args.per_step)["train"]
     model, tokenizer = make_model(args, records)
     idf = data.inverse_frequencies(records) if args.condition == "tfidf" else None
-    examples, skipped = data.make_examples(records, tokenizer, args.n_gist, args.arch, args.max_length, args.max_target, idf)
+    if args.pretrain_gist:
+        examples, skipped = data.text_examples(args.pretrain_gist, tokenizer, args.n_gist, args.arch, args.max_steps * args.batch_size, args.seed), 0
+    else:
+        examples, skipped = data.make_examples(records, tokenizer, args.n_gist, args.arch, args.max_length, args.max_target, idf)
     if not examples:
         raise data.DataError(f"{args.data}: all {skipped} training examples lose their output at --max_length {args.max_length}; raise it")
     if args.epochs:
@@ -591,7 +602,7 @@ def main() -> None:
     args = parse_args()
     with process_group(args):
         train_run(args)
-    if not args.no_eval and os.environ.get("RANK", "0") == "0":
+    if not (args.no_eval or args.pretrain_gist) and os.environ.get("RANK", "0") == "0":
         sys.exit(subprocess.call([sys.executable, str(Path(__file__).with_name("eval.py")), "run", args.out_dir, "--device", args.device]))
 
 
