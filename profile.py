@@ -298,7 +298,7 @@ def train_speed(args) -> None:
     model.float().train()                                                 # the weights stay fp32, as in train.py
     prompt, output = random_prompts(B, T - n_out - args.n_gist, args.n_gist, n_out, gist_id, "cpu")
     batch = data.collate([data.Example(p, [], out, {}) for p, out in zip(prompt.tolist(), output.tolist())], 0, args.arch)
-    batch, optimizer = {key: x.to(args.device) for key, x in batch.items()}, torch.optim.AdamW(model.parameters(), lr=1e-5)
+    batch, optimizer = {key: x.to(args.device) for key, x in batch.items()}, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     n = 8192 if args.device.startswith("cuda") else 2048
     a, b = torch.randn(2, n, n, device=args.device, dtype=getattr(torch, args.dtype))
 

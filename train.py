@@ -225,7 +225,7 @@ def orthogonalize(x: Tensor) -> Tensor:
 def make_optimizers(model, args) -> list[torch.optim.Optimizer]:
     """AdamW for all weights; or, with --optimizer muon, Muon for the layers' matrices and AdamW for the others."""
     if args.optimizer == "adamw":
-        return [torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)]
+        return [torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)]
     # T5's two peculiarities need other steps. Its position biases start near 0 and have to reach several units before a head
     # finds a place. It does not divide attention by sqrt(K): its queries are that much smaller instead, and so are their steps.
     small = model.config.head_dim ** -0.5 if isinstance(model, T5) else 1.0

@@ -12,11 +12,11 @@ import torch
 import data
 import train
 
-ARCHS = ("llama", "t5")
+RUNS = {"llama": [], "t5": ["--arch", "t5"], "adamw": ["--optimizer", "adamw"]}
 
 
-def flags(folder, arch, out, *more):
-    return ["--data", str(folder), "--arch", arch, "--out_dir", str(out), "--n_gist", "2", "--d_model", "32", "--n_layers", "1", "--n_heads", "2",
+def flags(folder, run, out, *more):
+    return [*RUNS[run], "--data", str(folder), "--out_dir", str(out), "--n_gist", "2", "--d_model", "32", "--n_layers", "1", "--n_heads", "2",
             "--batch_size", "7", "--vocab_size", "400", "--device", "cpu", "--no_eval", "--max_steps", "20", "--save_every", "10", *more]
 
 
@@ -64,7 +64,7 @@ def folder(tmp_path_factory):
 def alone(folder, tmp_path_factory):
     """The runs of one process."""
     out = tmp_path_factory.mktemp("alone")
-    together(1, [(train.train_run, flags(folder, arch, out / arch)) for arch in ARCHS])
+    together(1, [(train.train_run, flags(folder, run, out / run)) for run in RUNS])
     return out
 
 
@@ -101,20 +101,20 @@ def generate_in_parts(args):
 
 def test_two_processes_train_and_answer_as_one_and_one_goes_on(folder, alone, tmp_path):
     ways = {"fsdp": [], "ddp": ["--parallel", "ddp"], "recomputed": ["--checkpoint_activations", "--micro_batch", "2"]}
-    calls = [(train.train_run, flags(folder, arch, tmp_path / f"{arch}-{way}", *more)) for arch in ARCHS for way, more in ways.items()]
-    calls += [(first_half, flags(folder, arch, tmp_path / f"{arch}-half")) for arch in ARCHS]
-    calls += [(generate_in_parts, flags(folder, arch, tmp_path / "none", "--init_from", str(alone / arch))) for arch in ARCHS]
+    calls = [(train.train_run, flags(folder, run, tmp_path / f"{run}-{way}", *more)) for run in RUNS for way, more in ways.items()]
+    calls += [(first_half, flags(folder, run, tmp_path / f"{run}-half")) for run in RUNS]
+    calls += [(generate_in_parts, flags(folder, run, tmp_path / "none", "--init_from", str(alone / run))) for run in RUNS]
     together(2, calls)
-    together(1, [(train.train_run, flags(folder, arch, tmp_path / f"{arch}-half", "--resume")) for arch in ARCHS])
-    for arch in ARCHS:
+    together(1, [(train.train_run, flags(folder, run, tmp_path / f"{run}-half", "--resume")) for run in RUNS])
+    for run in RUNS:
         for way in [*ways, "half"]:
-            check(tmp_path / f"{arch}-{way}", alone / arch)
+            check(tmp_path / f"{run}-{way}", alone / run)
 
 
 def test_four_processes_train_as_one_and_go_on_with_what_two_began(folder, alone, tmp_path):
-    together(2, [(first_half, flags(folder, arch, tmp_path / f"{arch}-half")) for arch in ARCHS])
-    together(4, [(train.train_run, flags(folder, arch, tmp_path / f"{arch}-{way}", *more))
-                 for arch in ARCHS for way, more in (("new", []), ("half", ["--resume"]))])
-    for arch in ARCHS:
-        check(tmp_path / f"{arch}-new", alone / arch)
-        check(tmp_path / f"{arch}-half", alone / arch)
+    together(2, [(first_half, flags(folder, run, tmp_path / f"{run}-half")) for run in RUNS])
+    together(4, [(train.train_run, flags(folder, run, tmp_path / f"{run}-{way}", *more))
+                 for run in RUNS for way, more in (("new", []), ("half", ["--resume"]))])
+    for run in RUNS:
+        check(tmp_path / f"{run}-new", alone / run)
+        check(tmp_path / f"{run}-half", alone / run)
