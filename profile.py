@@ -2,6 +2,7 @@
 
     python profile.py paper                        # the paper's efficiency table, from the models' shapes alone
     python profile.py run OUT_DIR                  # the same measured on a real model, with time and memory
+    python profile.py shots OUT_DIR ...            # longer and longer prompts: what one gist still answers, what it saves
     python profile.py train|generate|load OUT_DIR  # throughput
     python profile.py memory --preset llama-7b --gpus 4    # will the training fit?
 
@@ -287,6 +288,42 @@ def run_model(args) -> None:
     print(f"\nwrote {out_dir}/profile.csv and {out_dir}/profile.png")
 
 
+# ---- profile.py shots ----
+
+def measure_shots(args) -> dict:
+    """A run of train.py: what it gets right, how long its prompts are, and the time to the first token of a batch of answers."""
+    model, tokenizer, gist_id = open_model(args)
+    run, metrics = data.read_config(args.model).get("gisting", {}), Path(args.model) / "metrics.json"
+    if args.data != "builtin" or not metrics.is_file():
+        raise data.DataError(f"{args.model}: not a run of the built-in data that eval.py run has evaluated")
+    records = data.builtin(1000, args.batch_size, n_shots=run.get("n_shots", 0))["unseen"]
+    examples, _ = data.make_examples(records, tokenizer, args.n_gist, args.arch, run["max_length"])
+    prompt, given, whole = ([x.to(args.device) for x in data.pad(rows, tokenizer.pad_id, left=True)] for rows in zip(
+        *((e.prompt, e.input, e.prompt + e.input) for e in examples)))
+    cache = model.compress(prompt[0], gist_id, prompt[1])
+    calls = {"none": lambda: model.generate(*whole, max_new_tokens=1), "gist": lambda: model.generate(*given, cache=cache, max_new_tokens=1)}
+    ms = {key: 1000 * median(seconds) for key, seconds in interleave(calls, args.repeats, args.device, args.model).items()}
+    return {"shots": run.get("n_shots", 0), "prompt_tokens": mean(len(e.prompt) - args.n_gist for e in examples), "n_gist": args.n_gist,
+            "exact_match": 100 * data.read_json(metrics)["unseen"]["exact_match"], "none_ms": ms["none"], "gist_ms": ms["gist"]}
+
+
+def shots(args) -> None:
+    """Compare runs whose prompts show more and more worked examples: a table, and a picture over the compression factor."""
+    rows = sorted((measure_shots(argparse.Namespace(**vars(args) | {"model": path})) for path in args.runs), key=lambda r: r["shots"])
+    factor, saved = [r["prompt_tokens"] / r["n_gist"] for r in rows], [100 - 100 * r["gist_ms"] / r["none_ms"] for r in rows]
+    print("shots   prompt tokens   exact match   none, ms   gist, ms   time saved")
+    for r, s in zip(rows, saved):
+        print(f"{r['shots']:5}{r['prompt_tokens']:16.1f}{r['exact_match']:14.1f}{r['none_ms']:11.1f}{r['gist_ms']:11.1f}{s:11.1f} %")
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), constrained_layout=True)
+    for ax, values, label in zip(axes, ([r["exact_match"] for r in rows], saved), ("exact match, unseen instructions, %", "time to the first token saved, %")):
+        ax.plot(factor, values, "o-", color="tab:red")
+        for r, x, y in zip(rows, factor, values):
+            ax.annotate(f"{r['shots']} shots", (x, y), (0, -14), textcoords="offset points", ha="center", fontsize="small")
+        ax.set(xlabel="prompt tokens for every gist token", ylabel=label, xlim=(0, 1.08 * max(factor)), ylim=(0, 100))
+    figure.savefig(args.out, dpi=120)
+    print(f"wrote {args.out}")
+
+
 # ---- profile.py train, generate, load ----
 
 def train_speed(args) -> None:
@@ -424,6 +461,13 @@ def make_parser() -> argparse.ArgumentParser:
         p.add_argument("model", metavar="OUT_DIR", help="a checkpoint, or the name of a preset (smollm2-135m), which gets random weights")
         p.add_argument("--device", help="cuda, mps or cpu; default: the first of these that is there")
         p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on cuda, else float32")
+    text = "runs of train.py --n_shots K, evaluated: what one gist answers and saves when the prompts get longer"
+    p = commands.add_parser("shots", help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.set_defaults(call=shots, data=None, n_gist=None, device=None, dtype=None)
+    p.add_argument("runs", nargs="+", metavar="OUT_DIR", help="their directories")
+    p.add_argument("--batch_size", type=int, default=50, help="prompts answered at once")
+    p.add_argument("--repeats", type=int, default=9, help="how often everything is measured; the median counts")
+    p.add_argument("--out", metavar="FILE.png", default="shots.png", help="where to draw it")
     p = commands.add_parser("memory", help="will a training fit? memory for every GPU, from the shapes alone", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.set_defaults(call=memory)
     p.add_argument("--preset", default="llama-7b", metavar="NAME", help="the model, and its batches if train.py has such a preset")

@@ -1,5 +1,9 @@
 """Beyond the paper: several gists in one context, worked examples in the prompt, gist pretraining."""
+import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,6 +136,25 @@ def test_worked_examples_obey_the_instruction_and_stand_in_the_prompt(n_shots, t
             assert all(answer.split() == given.split()[::-1] for given, answer in record["shots"])
         prompt = tokenizer.decode(data.layout(record, tokenizer, 1).prompt)
         assert all(f"Input: {given}\nOutput: {answer}" in prompt for given, answer in record["shots"])
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_shots_compares_runs_and_draws_a_picture(arch, tokenizer, tmp_path):
+    for n_shots in (4, 0):
+        out, run = tmp_path / f"shots-{n_shots}", {"n_gist": 2, "data": "builtin", "n_shots": n_shots, "max_length": 512}
+        data.save_model(out, small(arch, tokenizer.vocab_size), tokenizer, run)
+        (out / "metrics.json").write_text(json.dumps({"unseen": {"exact_match": 0.75 - n_shots / 10}}))
+    command = [sys.executable, Path(data.__file__).with_name("profile.py"), "shots", *sorted(tmp_path.iterdir()), "--repeats", "1", "--batch_size", "9"]
+    done = subprocess.run([*command, "--out", tmp_path / "shots.png"], capture_output=True, text=True)
+    rows = [line.split() for line in done.stdout.splitlines()[1:3]]
+    assert [(row[0], row[2]) for row in rows] == [("0", "75.0"), ("4", "35.0")], done.stderr
+    for n_shots, row in zip((0, 4), rows):
+        lengths = [len(data.layout(r, tokenizer, 0, arch).prompt) for r in data.builtin(1000, 9, n_shots=n_shots)["unseen"]]
+        assert float(row[1]) == pytest.approx(sum(lengths) / 9, abs=0.06)
+    assert (tmp_path / "shots.png").stat().st_size > 5000
+    (tmp_path / "shots-0" / "metrics.json").unlink()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "shots-0: not a run" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 # ---- Gist pretraining ----
