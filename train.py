@@ -113,13 +113,15 @@ def rank_and_world() -> tuple[int, int]:
 
 @contextmanager
 def process_group(args) -> Iterator[None]:
-    """Join the other processes, if torchrun started this one."""
+    """Join the other processes, if torchrun started this one. Raises data.DataError."""
     if "RANK" not in os.environ:
         yield
         return
     on_cuda = args.device.startswith("cuda")
     if on_cuda:
         torch.cuda.set_device(args.device)
+    elif torch.__version__ < "2.8":
+        raise data.DataError(f"several processes without GPUs need torch 2.8 or newer, this is {torch.__version__}: install it, or start train.py with python")
     dist.init_process_group("nccl" if on_cuda else "gloo")
     yield
     dist.destroy_process_group()

