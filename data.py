@@ -53,7 +53,8 @@ def load_instructions(path: str, seed: int = 0, n_shots: int = 0, per_step: bool
 
     path: "builtin", or a directory in the Alpaca+ layout: `*train*.json` and any of `*validation_seen*.json`,
     `*validation_unseen*.json`, `*validation_human*.json`, each a JSON array or JSON lines. A record is a dict with the strings
-    `instruction`, `input` ("" if it needs none) and `output`. A split without a file is []. n_shots and per_step: see `builtin`, which alone has them. Raises DataError.
+    `instruction`, `input` ("" if it needs none) and `output`. A split without a file is []. n_shots and per_step: see `builtin`,
+    which alone has them. Raises DataError.
     """
     if path == "builtin":
         return builtin(seed=seed, n_shots=n_shots, per_step=per_step)
@@ -335,7 +336,9 @@ class Example:
 def layout(record: dict, tokenizer, n_gist: int, arch: str = "llama", idf: dict[str, float] | None = None) -> Example:
     """Tokenize the three parts of a record, each by itself, and put n_gist gist tokens at the end of the prompt.
 
-    A record with "steps" has a prompt with gist tokens for each of them; one with "shots" shows these examples in its prompt. With `idf` (see `inverse_frequencies`) the instruction is replaced by its n_gist most informative words, and nothing is put behind it.
+    A record with "steps" has a prompt with gist tokens for each of them; one with "shots" shows these examples in its prompt.
+    With `idf` (see `inverse_frequencies`) the instruction is replaced by its n_gist most informative words, and nothing is put
+    behind it.
     """
     def ids(text: str) -> list[int]:
         return tokenizer.encode(tokenizer.prefix + text.strip()) if text.strip() else []

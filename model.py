@@ -121,12 +121,9 @@ class Cache:
 
     def select(self, columns: Tensor) -> "Cache":
         """Only some columns. columns: (B, n) int64, the indices to keep in every row."""
-        index = columns[None, :, None, :, None].expand(len(self.keys), -1, self.keys.shape[2], -1, self.keys.shape[4])
-        hidden = self.hidden
-        if hidden is not None:
-            hidden = hidden.gather(1, columns[:, :, None].expand(-1, -1, hidden.shape[2]))
-        return Cache(self.keys.gather(3, index), self.values.gather(3, index),
-                     self.valid.gather(1, columns), self.positions.gather(1, columns), hidden)
+        pick, index = torch.take_along_dim, columns[None, :, None, :, None]
+        return Cache(pick(self.keys, index, 3), pick(self.values, index, 3), pick(self.valid, columns, 1), pick(self.positions, columns, 1),
+                     None if self.hidden is None else pick(self.hidden, columns[:, :, None], 1))
 
     def __getitem__(self, rows: slice | list[int] | Tensor) -> "Cache":
         """Some rows, in any order and as often as wanted."""
@@ -295,8 +292,9 @@ class Llama(nn.Module):
         """Read prompts once, and keep what is needed to answer from them.
 
         tokens: (B, T) int64, prompt and gist tokens, nothing after them; every row has the same number of gist tokens. valid:
-        (B, T) bool, False on padding. first: the position of the first gist token, behind other prompts' (`Cache.join`). keep="gist" keeps the gist's columns, keep="all" every one (the paper's instruction
-        caching). Returns a `Cache` for `generate`; the next position follows the last gist token, whatever the prompt's length.
+        (B, T) bool, False on padding. first: the position of the first gist token, behind other prompts' (`Cache.join`).
+        keep="gist" keeps the gist's columns, keep="all" every one (the paper's instruction caching). Returns a `Cache` for
+        `generate`; the next position follows the last gist token, whatever the prompt's length.
         """
         valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
         positions, columns = locate_gist(tokens, gist_id, first)

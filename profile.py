@@ -413,10 +413,12 @@ def layer_activations(c, B: int, T: int, itemsize: int, S: int = 0) -> int:
     return B * (T * (norms + inputs + attention + wide * c.d_ff * itemsize) + cross)
 
 
-def training_memory(c, outer: int, inner: int, gpus: int, batch: int, length: int, target: int, itemsize: int, parallel: str, recompute: bool) -> dict[str, float]:
+def training_memory(c, outer: int, inner: int, gpus: int, batch: int, length: int, target: int, itemsize: int, parallel: str,
+                    recompute: bool) -> dict[str, float]:
     """Bytes on every GPU of a training with AdamW, by what they are for.
 
-    outer, inner: parameters outside and inside the layers; batch: examples at once on a GPU; length: their tokens, T5: of the source, and `target` of the output; itemsize: of matrix products.
+    outer, inner: parameters outside and inside the layers; batch: examples at once on a GPU; length: their tokens, T5: of the
+    source, and `target` of the output; itemsize: of matrix products.
     """
     n_layers = c.n_layers + (c.n_decoder_layers if is_t5(c) else 0)
     parts = gpus if parallel == "fsdp" else 1
@@ -468,11 +470,13 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--batch_size", type=int, default=50, help="prompts answered at once")
     p.add_argument("--repeats", type=int, default=9, help="how often everything is measured; the median counts")
     p.add_argument("--out", metavar="FILE.png", default="shots.png", help="where to draw it")
-    p = commands.add_parser("memory", help="will a training fit? memory for every GPU, from the shapes alone", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    text = "will a training fit? memory for every GPU, from the shapes alone"
+    p = commands.add_parser("memory", help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.set_defaults(call=memory)
     p.add_argument("--preset", default="llama-7b", metavar="NAME", help="the model, and its batches if train.py has such a preset")
     p.add_argument("--gpus", type=int, default=1, help="processes of torchrun")
-    for flag, text in (("--batch_size", "examples a step, on all GPUs; default: the preset's, or 8"), ("--micro_batch", "examples at once on a GPU; default: all of its share"),
+    for flag, text in (("--batch_size", "examples a step, on all GPUs; default: the preset's, or 8"),
+                       ("--micro_batch", "examples at once on a GPU; default: all of its share"),
                        ("--length", "tokens of an example, T5: of its source; default: the longest")):
         p.add_argument(flag, type=int, help=text)
     p.add_argument("--target", type=int, default=256, help="T5: tokens of an output")

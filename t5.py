@@ -280,9 +280,10 @@ class T5(nn.Module):
         """Read prompts once, and keep what is needed to answer from them.
 
         source: (B, T) int64, prompt and gist tokens, nothing after them; every row has the same number of gist tokens. valid:
-        (B, T) bool, False on padding. first: the position of the first gist token, behind other prompts' (`Cache.join`). keep="gist" keeps the gist's columns, and answers are those of the gist mask. keep="all" keeps
-        every column: what follows, and the decoder, see the whole prompt, which does not see what follows. That is not `pos_control`,
-        under which the encoder's prompt depends on the input, so that no cache of it could be exact.
+        (B, T) bool, False on padding. first: the position of the first gist token, behind other prompts' (`Cache.join`).
+        keep="gist" keeps the gist's columns, and answers are those of the gist mask. keep="all" keeps every column: what follows, and
+        the decoder, see the whole prompt, which does not see what follows. That is not `pos_control`, under which the encoder's
+        prompt depends on the input, so that no cache of it could be exact.
         """
         valid = torch.ones_like(source, dtype=torch.bool) if valid is None else valid
         positions, columns = locate_gist(source, gist_id, first)

@@ -121,7 +121,8 @@ def process_group(args) -> Iterator[None]:
     if on_cuda:
         torch.cuda.set_device(args.device)
     elif torch.__version__ < "2.8":
-        raise data.DataError(f"several processes without GPUs need torch 2.8 or newer, this is {torch.__version__}: install it, or start train.py with python")
+        raise data.DataError(f"several processes without GPUs need torch 2.8 or newer, this is {torch.__version__}: install it, "
+                             "or start train.py with python")
     dist.init_process_group("nccl" if on_cuda else "gloo")
     yield
     dist.destroy_process_group()
@@ -366,7 +367,8 @@ def make_parser() -> argparse.ArgumentParser:
     a("--data", default="builtin", metavar="DIR", help="a directory in the Alpaca+ layout, or 'builtin' (builtin)")
     a("--n_shots", type=int, default=0, metavar="K", help="builtin: show K worked examples in every prompt (%(default)s)")
     a("--per_step", action="store_true", help="builtin: of an instruction of two steps, make two prompts with a gist each")
-    a("--pretrain_gist", metavar="TEXT", help="learn to compress running text instead, a file or a directory of *.txt, or 'builtin'; then go on with --init_from")
+    a("--pretrain_gist", metavar="TEXT",
+      help="learn to compress running text instead, a file or a directory of *.txt, or 'builtin'; then go on with --init_from")
     a("--init_from", metavar="DIR", help="start from this checkpoint (random weights)")
     a("--base", metavar="DIR", help="the original LLaMA, if --init_from holds differences from it")
     a("--out_dir", metavar="DIR", help="where the run is kept (out/ARCH-CONDITION-N_GIST)")
@@ -494,10 +496,11 @@ def check_same_run(state: dict, args: argparse.Namespace, n_examples: int) -> No
     now = vars(args)
     for name, value in state["args"].items():
         if name not in MAY_CHANGE and now.get(name) != value:
-            raise data.DataError(f"{args.out_dir} was begun with --{name} {value}, not {now.get(name)}: resume it with the same flags, or give another --out_dir")
+            raise data.DataError(f"{args.out_dir} was begun with --{name} {value}, not {now.get(name)}: resume it with the same flags, "
+                                 "or give another --out_dir")
     if state["examples"] != n_examples:
-        raise data.DataError(f"{args.out_dir} was begun with {state['examples']} training examples, and {args.data} now gives {n_examples}; restore the data, "
-                             "or give another --out_dir")
+        raise data.DataError(f"{args.out_dir} was begun with {state['examples']} training examples, and {args.data} now gives {n_examples}; "
+                             "restore the data, or give another --out_dir")
 
 
 @torch.no_grad()
@@ -544,6 +547,17 @@ def make_model(args: argparse.Namespace, records: list[dict]):
     return model.to(device), tokenizer
 
 
+def make_training_set(args: argparse.Namespace, records: list[dict], tokenizer) -> tuple[list[data.Example], int]:
+    """What to learn from: instructions, or spans of text to compress; and how many were skipped. Raises data.DataError."""
+    if args.pretrain_gist:
+        return data.text_examples(args.pretrain_gist, tokenizer, args.n_gist, args.arch, max(1, args.max_steps) * args.batch_size, args.seed), 0
+    idf = data.inverse_frequencies(records) if args.condition == "tfidf" else None
+    examples, skipped = data.make_examples(records, tokenizer, args.n_gist, args.arch, args.max_length, args.max_target, idf)
+    if not examples:
+        raise data.DataError(f"{args.data}: all {skipped} training examples lose their output at --max_length {args.max_length}; raise it")
+    return examples, skipped
+
+
 def train_run(args: argparse.Namespace) -> None:
     """All of one run but its evaluation, in this process or with others. Exits with 128 + the signal's number if it was stopped."""
     rank, world = rank_and_world()
@@ -551,13 +565,7 @@ def train_run(args: argparse.Namespace) -> None:
     state = check_out_dir(args)
     records = data.load_instructions(args.data, args.seed, args.n_shots, args.per_step)["train"]
     model, tokenizer = make_model(args, records)
-    idf = data.inverse_frequencies(records) if args.condition == "tfidf" else None
-    if args.pretrain_gist:
-        examples, skipped = data.text_examples(args.pretrain_gist, tokenizer, args.n_gist, args.arch, args.max_steps * args.batch_size, args.seed), 0
-    else:
-        examples, skipped = data.make_examples(records, tokenizer, args.n_gist, args.arch, args.max_length, args.max_target, idf)
-    if not examples:
-        raise data.DataError(f"{args.data}: all {skipped} training examples lose their output at --max_length {args.max_length}; raise it")
+    examples, skipped = make_training_set(args, records, tokenizer)
     if args.epochs:
         args.max_steps = math.ceil(args.epochs * math.ceil(len(examples) / args.batch_size))
     if state:
