@@ -1,6 +1,8 @@
 """The main job end to end, small: train, evaluate, resume, and every mistake that a user can make."""
+import argparse
 import csv
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +129,54 @@ def test_orthogonalize_moves_singular_values_close_to_one():
     for shape in ((3, 16, 16), (2, 8, 24), (24, 8)):
         values = torch.linalg.svdvals(train.orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
         assert 0.3 < values.min() and values.max() < 1.3
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (12, 3), (3, 12)])
+def test_muon_moves_weights_by_their_orthogonalized_momentum(shape):
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for _ in range(2)]
+    expected, momenta = [w.detach().clone() for w in weights], [torch.zeros(shape) for _ in weights]
+    optimizer = train.Muon(weights, lr=0.1, momentum=0.9)
+    for _ in range(3):
+        for i, w in enumerate(weights):
+            w.grad = torch.randn(shape, generator=generator)
+            momenta[i] = 0.9 * momenta[i] + w.grad
+            expected[i] -= 0.1 * max(1, shape[0] / shape[1]) ** 0.5 * train.orthogonalize(w.grad + 0.9 * momenta[i])
+        optimizer.step()
+    for w, e in zip(weights, expected):
+        assert torch.allclose(w, e, atol=1e-5)
+
+
+def test_learning_rates_rise_and_fall_as_the_flags_say():
+    def factors(**flags):
+        args = argparse.Namespace(**dict(max_steps=100, warmup=0.1, schedule="constant", decay=0.5) | flags)
+        return [train.lr_factor(step, args) for step in range(args.max_steps)]
+
+    up = [(step + 1) / 10 for step in range(10)]
+    assert factors() == pytest.approx(up + [1.0] * 90)
+    assert factors(schedule="linear", decay=0.5) == pytest.approx(up + [1.0] * 45 + [(90 - i) / 45 for i in range(45, 90)])
+    assert factors(schedule="cosine") == pytest.approx(up + [(1 + math.cos(math.pi * i / 90)) / 2 for i in range(90)])
+    assert factors(warmup=0.0, max_steps=1) == [1.0]
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_evaluation_gives_the_mean_loss_of_a_token_and_the_answers_in_order(arch, folder, request):
+    out, _ = request.getfixturevalue("run" if arch == "llama" else "t5_run")
+    model, tokenizer, flags = evaluation.open_run(str(out), "cpu")
+    examples, _ = data.make_examples(data.load_instructions(str(folder))["unseen"], tokenizer, 2, arch)
+    single = [evaluation.evaluate(model, tokenizer, [e], flags, 1, 5, "") for e in examples]
+    loss, answers = evaluation.evaluate(model, tokenizer, examples, flags, 4, 5, "")
+    labels = [len(e.output) for e in examples]
+    assert loss == pytest.approx(sum(one * n for (one, _), n in zip(single, labels)) / sum(labels), rel=1e-5)
+    assert answers == [texts[0] for _, texts in single]
+    e = examples[0]
+    tokens = torch.tensor([e.prompt + e.input + e.output * (arch == "llama")])
+    if arch == "llama":
+        logits = model(tokens, gist_mask.decoder_mask(tokens, tokenizer.gist_id), gist_mask.positions(tokens, tokenizer.gist_id))[0, -labels[0] - 1:-1]
+    else:
+        masks = gist_mask.encoder_mask(tokens, tokenizer.gist_id), gist_mask.cross_mask(tokens, tokenizer.gist_id)
+        logits = model(tokens, torch.tensor([[model.config.start_id, *e.output[:-1]]]), *masks)[0]
+    assert single[0][0] == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.tensor(e.output)).item(), rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(folder, tmp_path, monkeypatch, capsys):
