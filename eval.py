@@ -38,6 +38,7 @@ from tqdm import tqdm
 import data
 import gist_mask
 from model import IGNORE, Cache
+from t5 import T5
 from train import batch_loss, find_device
 
 
@@ -247,18 +248,26 @@ def as_text(record: dict) -> str:
     return f"Instruction: {record['instruction']}" + (f"\nInput: {record['input']}" if record["input"] else "")
 
 
-def open_run(path: str, device: str | None) -> tuple:
-    """The model of a run of train.py, ready to answer; its tokenizer; and the flags that it was trained with. Raises data.DataError."""
+def open_run(path: str, args) -> tuple:
+    """The model of a run of train.py, ready to answer; its tokenizer; and the flags that it was trained with. Raises data.DataError.
+
+    For released gist models, which do not say how they were trained, args.n_gist, .condition and .base do.
+    """
     config = data.read_config(path).get("gisting")
-    if config is None:
-        raise data.DataError(f"{path}/config.json: has no 'gisting' entry, so this is no run of train.py; train one first")
-    model, tokenizer = data.load_model(path, device=find_device(device))
-    return model.eval(), tokenizer, config
+    if config is None and args.n_gist is None:
+        raise data.DataError(f"{path}/config.json: has no 'gisting' entry, so this is no run of train.py; train one first, or give the "
+                             "--n_gist of a released gist model")
+    model, tokenizer = data.load_model(path, base=args.base, device=find_device(args.device))
+    if tokenizer is None or tokenizer.gist_id >= model.config.vocab_size:
+        raise data.DataError(f"{path}: has no tokenizer, or the model no row for a gist token; train it first with train.py --init_from")
+    arch, length = ("t5", 128) if isinstance(model, T5) else ("llama", 512)
+    return model.eval(), tokenizer, config or dict(condition=args.condition, n_gist=args.n_gist, arch=arch, data="builtin", seed=0,
+                                                   max_length=length, max_target=256, steps=0, seconds=0.0)
 
 
-def open_gist_run(path: str, device: str | None) -> tuple:
+def open_gist_run(path: str, args) -> tuple:
     """`open_run` for a model that was trained to compress. Raises data.DataError for any other."""
-    model, tokenizer, config = open_run(path, device)
+    model, tokenizer, config = open_run(path, args)
     if config["condition"] != "gist" or config["n_gist"] == 0:
         raise data.DataError(f"{path}: was trained with condition {config['condition']} and {config['n_gist']} gist tokens, so it cannot compress; "
                              "train one with train.py --n_gist 1")
@@ -269,7 +278,7 @@ def open_gist_run(path: str, device: str | None) -> tuple:
 
 def run_one(path: str, args) -> dict:
     """Evaluate one run on every split that its data has: write outputs-<split>.csv and metrics.json, return the metrics."""
-    model, tokenizer, config = open_run(path, args.device)
+    model, tokenizer, config = open_run(path, args)
     splits = data.load_instructions(args.data or config["data"], config["seed"], config.get("n_shots", 0), config.get("per_step", False))
     idf = data.inverse_frequencies(splits["train"]) if config["condition"] == "tfidf" else None
     metrics = {key: config[key] for key in ("condition", "n_gist", "arch", "steps", "seconds")}
@@ -591,7 +600,7 @@ def winrate(args) -> None:
 
 def compress(args) -> None:
     """Compress one instruction, answer every input from its gist, and show the answers from the whole prompt beside them."""
-    model, tokenizer, config = open_gist_run(args.run, args.device)
+    model, tokenizer, config = open_gist_run(args.run, args)
     device, n_gist, arch = next(model.parameters()).device, config["n_gist"], config["arch"]
     cache, instruction = data.load_cache(args.load, model, n_gist) if args.load else (None, args.instruction.strip())
     if not instruction:
@@ -646,7 +655,7 @@ class RecordAttention(TorchFunctionMode):
 
 def attention(args) -> None:
     """Draw what the gist tokens look at in the prompt, layer by layer, and print the words nearest to what they end up as."""
-    model, tokenizer, config = open_gist_run(args.run, args.device)
+    model, tokenizer, config = open_gist_run(args.run, args)
     prompt = data.layout({"instruction": args.instruction, "input": "", "output": ""}, tokenizer, config["n_gist"], config["arch"]).prompt
     if not args.instruction.strip():
         raise data.DataError("--instruction is empty: there is nothing to compress")
@@ -802,7 +811,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--batch_size", type=int, default=50, help="examples answered at once (%(default)s)")
     p.add_argument("--max_length", type=int, help="longest example in tokens; default: that of the training (the paper: 512, human split 768)")
     p.add_argument("--max_new_tokens", type=int, help="longest answer in tokens; default: the longest reference of the split")
-    p.add_argument("--device", help="cuda, mps or cpu; default: the first of these that is there")
+    p.add_argument("--condition", choices=gist_mask.CONDITIONS, default="gist", help="of a released model (%(default)s)")
     p.set_defaults(call=run)
     p = commands.add_parser("score", help="ROUGE-1/2/L and exact match of outputs files (csv with the columns x, y_pred, y_true)")
     p.add_argument("files", nargs="+", metavar="FILE.csv")
@@ -832,15 +841,13 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--input", nargs="+", metavar="TEXT", help="answer these; - reads inputs from standard input, one a line; default: no input")
     p.add_argument("--save", metavar="FILE", help="keep the gist in this file")
     p.add_argument("--max_new_tokens", type=int, default=128, help="longest answer in tokens (%(default)s)")
-    p.add_argument("--device", help="cuda, mps or cpu; default: the first of these that is there")
-    p.set_defaults(call=compress)
+    p.set_defaults(call=compress, condition="gist")
     p = commands.add_parser("attention", help="draw what the gist tokens attend to in an instruction, layer by layer")
     p.add_argument("run", metavar="OUT_DIR", help="a directory that train.py --condition gist wrote")
     p.add_argument("--instruction", required=True, help="what to compress")
     p.add_argument("--out", metavar="FILE.png", default="attention.png", help="where to draw it (%(default)s)")
     p.add_argument("--words", type=int, default=8, help="how many of the nearest words to print (%(default)s)")
-    p.add_argument("--device", help="cuda, mps or cpu; default: the first of these that is there")
-    p.set_defaults(call=attention)
+    p.set_defaults(call=attention, condition="gist")
     p = commands.add_parser("plot", help="draw results into one picture")
     p.add_argument("results", nargs="+", metavar="OUT_DIR", help="runs that eval.py run has evaluated; for winrates: judgments files")
     p.add_argument("--kind", choices=("bars", "n_gist", "families", "winrates"), default="bars",
@@ -848,6 +855,11 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--metric", choices=("exact_match", "rouge1", "rouge2", "rougeL"), default="rougeL", help="(%(default)s)")
     p.add_argument("--out", metavar="FILE.png", default="results.png", help="where to draw it (%(default)s)")
     p.set_defaults(call=plot)
+    for name in ("run", "compress", "attention"):
+        p = commands.choices[name]
+        p.add_argument("--device", help="cuda, mps or cpu; default: the first of these that is there")
+        p.add_argument("--n_gist", type=int, metavar="N", help="of a released gist model, which is no run of train.py")
+        p.add_argument("--base", metavar="DIR", help="the original LLaMA, if the model's weights are released as differences from it")
     return parser
 
 

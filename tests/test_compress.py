@@ -1,4 +1,5 @@
 """Compressing a prompt for use: the command, its files, and gists that do not fit."""
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +69,24 @@ def test_gists_that_do_not_fit_and_models_that_cannot_compress_are_refused(tmp_p
     ]:
         done = compress(*args)
         assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_released_gist_model_answers_as_the_run_that_it_was(tmp_path):
+    """Differences from a base whose matrices are all zero and whose norms are one: adding them is exact."""
+    run = make_run(tmp_path / "run")
+    model, tokenizer = data.load_model(run)
+    base = Llama(dataclasses.replace(model.config, vocab_size=model.config.vocab_size - 1))
+    with torch.no_grad():
+        for weight in base.parameters():
+            weight.fill_(float(weight.ndim == 1))
+        for weight in model.parameters():
+            weight.mul_(weight.ndim > 1)
+    data.save_model(tmp_path / "base", base, tokenizer)
+    data.save_model(tmp_path / "released", model)
+    what = ["--instruction", "Put lamp at the front.", "--input", "fox cup", "sun"]
+    expected, got = compress(run, *what), compress(tmp_path / "released", "--base", tmp_path / "base", "--n_gist", 2, *what)
+    assert got.returncode == 0 and got.stdout == expected.stdout and "from the gist" in got.stdout, got.stderr
+    for args, says in (([tmp_path / "released"], "give the --n_gist"), ([tmp_path / "released", "--n_gist", 2], "--base"),
+                       ([tmp_path / "base", "--n_gist", 2], "no row for a gist token")):
+        done = compress(*args, *what)
+        assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1

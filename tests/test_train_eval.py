@@ -162,7 +162,7 @@ def test_learning_rates_rise_and_fall_as_the_flags_say():
 @pytest.mark.parametrize("arch", ["llama", "t5"])
 def test_evaluation_gives_the_mean_loss_of_a_token_and_the_answers_in_order(arch, folder, request):
     out, _ = request.getfixturevalue("run" if arch == "llama" else "t5_run")
-    model, tokenizer, flags = evaluation.open_run(str(out), "cpu")
+    model, tokenizer, flags = evaluation.open_run(str(out), argparse.Namespace(device="cpu", n_gist=None, base=None))
     examples, _ = data.make_examples(data.load_instructions(str(folder))["unseen"], tokenizer, 2, arch)
     single = [evaluation.evaluate(model, tokenizer, [e], flags, 1, 5, "") for e in examples]
     loss, answers = evaluation.evaluate(model, tokenizer, examples, flags, 4, 5, "")
