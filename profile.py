@@ -318,8 +318,9 @@ def shots(args) -> None:
     for ax, values, label in zip(axes, ([r["exact_match"] for r in rows], saved), ("exact match, unseen instructions, %", "time to the first token saved, %")):
         ax.plot(factor, values, "o-", color="tab:red")
         for r, x, y in zip(rows, factor, values):
-            ax.annotate(f"{r['shots']} shots", (x, y), (0, -14), textcoords="offset points", ha="center", fontsize="small")
+            ax.annotate(r["shots"], (x, y), (0, -14), textcoords="offset points", ha="center", fontsize="small")
         ax.set(xlabel="prompt tokens for every gist token", ylabel=label, xlim=(0, 1.08 * max(factor)), ylim=(0, 100))
+    figure.suptitle("prompts with 0, 1, 2, ... worked examples", fontsize="medium")
     figure.savefig(args.out, dpi=120)
     print(f"wrote {args.out}")
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import IGNORE, Cache, RMSNorm, locate_gist, sample
+from model import IGNORE, Cache, Linear, RMSNorm, locate_gist, sample
 
 KeysValues = tuple[Tensor, Tensor]       # two of (B, H, S, K)
 
@@ -96,10 +96,10 @@ class Attention(nn.Module):
     def __init__(self, c: T5Config):
         super().__init__()
         self.heads = (c.n_heads, c.head_dim)
-        self.wq = nn.Linear(c.d_model, c.n_heads * c.head_dim, bias=False)
-        self.wk = nn.Linear(c.d_model, c.n_heads * c.head_dim, bias=False)
-        self.wv = nn.Linear(c.d_model, c.n_heads * c.head_dim, bias=False)
-        self.wo = nn.Linear(c.n_heads * c.head_dim, c.d_model, bias=False)
+        self.wq = Linear(c.d_model, c.n_heads * c.head_dim)
+        self.wk = Linear(c.d_model, c.n_heads * c.head_dim)
+        self.wv = Linear(c.d_model, c.n_heads * c.head_dim)
+        self.wo = Linear(c.n_heads * c.head_dim, c.d_model)
 
     def keys_values(self, x: Tensor) -> KeysValues:
         k = self.wk(x).unflatten(-1, self.heads).transpose(1, 2)          # (B, H, S, K)
@@ -117,9 +117,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, c: T5Config):
         super().__init__()
-        self.w1 = nn.Linear(c.d_model, c.d_ff, bias=False)
-        self.w2 = nn.Linear(c.d_ff, c.d_model, bias=False)
-        self.w3 = nn.Linear(c.d_model, c.d_ff, bias=False) if c.gated else None
+        self.w1 = Linear(c.d_model, c.d_ff)
+        self.w2 = Linear(c.d_ff, c.d_model)
+        self.w3 = Linear(c.d_model, c.d_ff) if c.gated else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.w3 is None:
@@ -196,7 +196,7 @@ class T5(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, config.n_layers, decoder=False)
         self.decoder = Stack(config, config.n_decoder_layers, decoder=True)
-        self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.output = Linear(config.d_model, config.vocab_size)
         if config.tie_embeddings:
             self.output.weight = self.embedding.weight
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from gist_mask import decoder_mask, positions
-from model import IGNORE, Cache, Llama, LlamaConfig, RMSNorm, rope_frequencies, rotate, sample
+from model import IGNORE, Cache, Linear, Llama, LlamaConfig, RMSNorm, rope_frequencies, rotate, sample
 
 GIST, PAD, EOS = 30, 0, 1
 
@@ -218,3 +218,15 @@ def test_caches_are_the_same_together_or_one_at_a_time_joined_picked_and_mixed(k
     assert answers(together[1:3], slice(1, 3)) == answers(together)[1:3]
     assert together[[2]].nbytes == 2 * 3 * 2 * 8 * 4 * together.length            # keys and values, layers, heads, width, fp32
     assert together.to(dtype=torch.bfloat16).nbytes == together.nbytes // 2
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 16, 128, 129])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_linear_is_the_plain_product_for_any_number_of_rows(rows, dtype):
+    layer, x = Linear(24, 7).to(dtype), torch.randn(1, rows, 24).to(dtype)
+    with torch.no_grad():
+        expected, tolerance = x.double() @ layer.weight.double().mT, {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
+        for given in (x, x.transpose(0, 1), x[0]):
+            assert torch.allclose(layer(given).double(), expected.view(*given.shape[:-1], 7), atol=tolerance, rtol=tolerance)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None

@@ -26,7 +26,7 @@ def python(*args, cwd=ROOT):
 
 
 def counted(call) -> int:
-    """The FLOPs that PyTorch counts in a call; its counter knows the plain attention kernel."""
+    """The FLOPs that PyTorch counts in a call; its counter knows the plain attention kernel. (In fp32, a single row goes through a matrix twice.)"""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         call()
     return counter.get_total_flops()
@@ -57,7 +57,7 @@ def test_llama_flops_are_those_that_pytorch_counts(seed):
 def test_t5_flops_are_those_that_pytorch_counts(seed):
     rng, _, new, cached, shape = random_shape(seed)
     gated, targets = rng.random() < 0.5, rng.randint(1, 4)
-    model = T5(T5Config(**shape, n_decoder_layers=rng.randint(1, 3), gated=gated, tie_embeddings=not gated))
+    model = T5(T5Config(**shape, n_decoder_layers=rng.randint(1, 3), gated=gated, tie_embeddings=not gated)).double()
     gist_id = shape["vocab_size"] - 1
     cache = model.compress(torch.full((1, cached), gist_id), gist_id) if cached else None
     source, target = torch.zeros(1, new, dtype=torch.int64), torch.zeros(1, targets, dtype=torch.int64)
@@ -75,12 +75,12 @@ def test_flops_of_the_real_llama_7b_and_flan_t5_xxl_modules():
 @pytest.mark.parametrize("make", [lambda: Llama(LlamaConfig(n_kv_heads=2)), lambda: T5(T5Config())])
 @pytest.mark.parametrize("caching, keep", [("none", None), ("instruction", "all"), ("gist", "gist")])
 def test_the_first_token_costs_what_run_reports(make, caching, keep):
-    model, prompt, given = make(), torch.tensor([[3, 4, 5, 99, 99]]), torch.tensor([[6, 7, 8, 9]])
+    model, prompt, given = make().double(), torch.tensor([[3, 4, 5, 99, 99]]), torch.tensor([[6, 7, 8, 9]])
     cache = model.compress(prompt, 99, keep=keep) if keep else None
     tokens = given if keep else torch.cat([prompt, given], dim=1)
     new, keys = profile.new_and_keys(caching, 3, 2, 4)
     assert counted(lambda: model.generate(tokens, cache=cache, max_new_tokens=1)) == profile.flops(model.config, new, keys)
-    assert (cache.nbytes if cache else 0) == profile.cache_bytes(model.config, keys - new, itemsize=4)
+    assert (cache.nbytes if cache else 0) == profile.cache_bytes(model.config, keys - new, itemsize=8)
 
 
 # ---- The paper's numbers ----
