@@ -21,8 +21,9 @@ COMMANDS = sorted({c.strip() for c in re.findall(r"python (?:train|eval|profile)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_parses(command):
     script, *args = shlex.split(command.removeprefix("python "))
-    values = {"$arch": "t5", "$c": "gist", "$n": "2"}
-    PARSERS[script]().parse_args([values.get(a, a) for a in args if a != "..."])
+    for name, value in {"$arch": "t5", "$c": "gist", "$n": "2", "$k": "2"}.items():
+        args = [a.replace(name, value) for a in args]
+    PARSERS[script]().parse_args([a for a in args if a != "..."])
 
 
 def test_there_are_commands_of_every_script():
