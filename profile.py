@@ -47,6 +47,7 @@ if __name__ == "__main__":
     from tqdm import tqdm
 
     import data
+    import eval as evaluation
     import model as llama
     import t5
     import train
@@ -290,26 +291,27 @@ def run_model(args) -> None:
 
 # ---- profile.py shots ----
 
-def measure_shots(args) -> dict:
+def measure_shots(path: str, args) -> dict:
     """A run of train.py: what it gets right, how long its prompts are, and the time to the first token of a batch of answers."""
-    model, tokenizer, gist_id = open_model(args)
-    run, metrics = data.read_config(args.model).get("gisting", {}), Path(args.model) / "metrics.json"
-    if args.data != "builtin" or not metrics.is_file():
-        raise data.DataError(f"{args.model}: not a run of the built-in data that eval.py run has evaluated")
-    records = data.builtin(1000, args.batch_size, n_shots=run.get("n_shots", 0))["unseen"]
-    examples, _ = data.make_examples(records, tokenizer, args.n_gist, args.arch, run["max_length"])
-    prompt, given, whole = ([x.to(args.device) for x in data.pad(rows, tokenizer.pad_id, left=True)] for rows in zip(
-        *((e.prompt, e.input, e.prompt + e.input) for e in examples)))
-    cache = model.compress(prompt[0], gist_id, prompt[1])
+    metrics = evaluation.read_metrics(path)
+    model, tokenizer, run = evaluation.open_gist_run(path, args)
+    if run["data"] != "builtin":
+        raise data.DataError(f"{path}: was trained on {run['data']}; only the built-in data has worked examples")
+    n_gist, device, n_shots = run["n_gist"], next(model.parameters()).device, run.get("n_shots", 0)
+    records = data.builtin(1000, args.batch_size, n_shots=n_shots)["unseen"]
+    examples, _ = data.make_examples(records, tokenizer, n_gist, run["arch"], run["max_length"])
+    parts = zip(*((e.prompt, e.input, e.prompt + e.input) for e in examples))
+    prompt, given, whole = ([x.to(device) for x in data.pad(rows, tokenizer.pad_id, left=True)] for rows in parts)
+    cache = model.compress(prompt[0], tokenizer.gist_id, prompt[1])
     calls = {"none": lambda: model.generate(*whole, max_new_tokens=1), "gist": lambda: model.generate(*given, cache=cache, max_new_tokens=1)}
-    ms = {key: 1000 * median(seconds) for key, seconds in interleave(calls, args.repeats, args.device, args.model).items()}
-    return {"shots": run.get("n_shots", 0), "prompt_tokens": mean(len(e.prompt) - args.n_gist for e in examples), "n_gist": args.n_gist,
-            "exact_match": 100 * data.read_json(metrics)["unseen"]["exact_match"], "none_ms": ms["none"], "gist_ms": ms["gist"]}
+    ms = {key: 1000 * median(seconds) for key, seconds in interleave(calls, args.repeats, str(device), path).items()}
+    return {"shots": n_shots, "prompt_tokens": mean(len(e.prompt) - n_gist for e in examples), "n_gist": n_gist,
+            "exact_match": 100 * metrics["unseen"]["exact_match"], "none_ms": ms["none"], "gist_ms": ms["gist"]}
 
 
 def shots(args) -> None:
     """Compare runs whose prompts show more and more worked examples: a table, and a picture over the compression factor."""
-    rows = sorted((measure_shots(argparse.Namespace(**vars(args) | {"model": path})) for path in args.runs), key=lambda r: r["shots"])
+    rows = sorted((measure_shots(path, args) for path in args.runs), key=lambda r: r["shots"])
     factor, saved = [r["prompt_tokens"] / r["n_gist"] for r in rows], [100 - 100 * r["gist_ms"] / r["none_ms"] for r in rows]
     print("shots   prompt tokens   exact match   none, ms   gist, ms   time saved")
     for r, s in zip(rows, saved):
@@ -466,7 +468,7 @@ def make_parser() -> argparse.ArgumentParser:
         p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on cuda, else float32")
     text = "runs of train.py --n_shots K, evaluated: what one gist answers and saves when the prompts get longer"
     p = commands.add_parser("shots", help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.set_defaults(call=shots, data=None, n_gist=None, device=None, dtype=None)
+    p.set_defaults(call=shots, device=None, n_gist=None, base=None)
     p.add_argument("runs", nargs="+", metavar="OUT_DIR", help="their directories")
     p.add_argument("--batch_size", type=int, default=50, help="prompts answered at once")
     p.add_argument("--repeats", type=int, default=9, help="how often everything is measured; the median counts")

@@ -141,9 +141,9 @@ def test_worked_examples_obey_the_instruction_and_stand_in_the_prompt(n_shots, t
 @pytest.mark.parametrize("arch", ["llama", "t5"])
 def test_shots_compares_runs_and_draws_a_picture(arch, tokenizer, tmp_path):
     for n_shots in (4, 0):
-        out, run = tmp_path / f"shots-{n_shots}", {"n_gist": 2, "data": "builtin", "n_shots": n_shots, "max_length": 512}
-        data.save_model(out, small(arch, tokenizer.vocab_size), tokenizer, run)
-        (out / "metrics.json").write_text(json.dumps({"unseen": {"exact_match": 0.75 - n_shots / 10}}))
+        out, run = tmp_path / f"shots-{n_shots}", {"condition": "gist", "n_gist": 2, "arch": arch}
+        data.save_model(out, small(arch, tokenizer.vocab_size), tokenizer, run | {"data": "builtin", "n_shots": n_shots, "max_length": 512})
+        (out / "metrics.json").write_text(json.dumps({**run, "unseen": {"exact_match": 0.75 - n_shots / 10}}))
     command = [sys.executable, Path(data.__file__).with_name("profile.py"), "shots", *sorted(tmp_path.iterdir()), "--repeats", "1", "--batch_size", "9"]
     done = subprocess.run([*command, "--out", tmp_path / "shots.png"], capture_output=True, text=True)
     rows = [line.split() for line in done.stdout.splitlines()[1:3]]
@@ -154,7 +154,7 @@ def test_shots_compares_runs_and_draws_a_picture(arch, tokenizer, tmp_path):
     assert (tmp_path / "shots.png").stat().st_size > 5000
     (tmp_path / "shots-0" / "metrics.json").unlink()
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "shots-0: not a run" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2 and "shots-0/metrics.json: no such file" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 # ---- Gist pretraining ----

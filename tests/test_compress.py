@@ -87,6 +87,6 @@ def test_a_released_gist_model_answers_as_the_run_that_it_was(tmp_path):
     expected, got = compress(run, *what), compress(tmp_path / "released", "--base", tmp_path / "base", "--n_gist", 2, *what)
     assert got.returncode == 0 and got.stdout == expected.stdout and "from the gist" in got.stdout, got.stderr
     for args, says in (([tmp_path / "released"], "give the --n_gist"), ([tmp_path / "released", "--n_gist", 2], "--base"),
-                       ([tmp_path / "base", "--n_gist", 2], "no row for a gist token")):
+                       ([tmp_path / "base", "--n_gist", 2], "no row for a gist token"), ([run, "--n_gist", 2], "leave --n_gist out")):
         done = compress(*args, *what)
         assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
