@@ -52,7 +52,7 @@ def load_instructions(path: str, seed: int = 0, n_shots: int = 0, per_step: bool
     """Read a data set: {"train": [...], "seen": [...], "unseen": [...], "human": [...]}.
 
     path: "builtin", or a directory in the Alpaca+ layout: `*train*.json` and any of `*validation_seen*.json`,
-    `*validation_unseen*.json`, `*validation_human*.json`, each a JSON array or JSON lines. A record is a dict with the strings
+    `*validation_unseen*.json`, `*validation_human*.json` (or .jsonl), each a JSON array or JSON lines. A record is a dict with the strings
     `instruction`, `input` ("" if it needs none) and `output`. A split without a file is []. n_shots and per_step: see `builtin`,
     which alone has them. Raises DataError.
     """
@@ -61,11 +61,22 @@ def load_instructions(path: str, seed: int = 0, n_shots: int = 0, per_step: bool
     folder = Path(path)
     if not folder.is_dir():
         raise DataError(f"{path}: no such data directory; give one in the Alpaca+ layout, or --data builtin")
-    patterns = {"train": "*train*.json", **{split: f"*validation_{split}*.json" for split in SPLITS}}
-    data = {split: [r for file in sorted(folder.glob(p)) for r in read_records(file)] for split, p in patterns.items()}
+    data: dict[str, list[dict]] = {split: [] for split in ("train", *SPLITS)}
+    for file in sorted(f for f in folder.iterdir() if f.suffix in (".json", ".jsonl")):
+        split = split_of(file.name)
+        if split is not None:
+            data[split] += read_records(file)
     if not data["train"]:
-        raise DataError(f"{path}: no training examples; expected a file {patterns['train']} with at least one record")
+        raise DataError(f"{path}: no training examples; expected a file *train*.json or *train*.jsonl with at least one record")
     return data
+
+
+def split_of(name: str) -> str | None:
+    """The one split that a file belongs to; a validation file is never trained on, whatever else its name says."""
+    for split in SPLITS:
+        if f"validation_{split}" in name:
+            return split
+    return "train" if "train" in name and "validation" not in name else None
 
 
 def read_records(file: Path) -> list[dict]:
@@ -85,7 +96,7 @@ def read_records(file: Path) -> list[dict]:
     if bad:
         told = f"{file}, {'; '.join(bad[:3])}{f'; and {len(bad) - 3} more' if len(bad) > 3 else ''}"
         if 100 * len(bad) > len(bad) + len(records):
-            raise DataError(f"{told}: {len(bad)} of {len(bad) + len(records)} records are bad, at most 1 % may be")
+            raise DataError(f"{told}: bad records: {len(bad)} of {len(bad) + len(records)}, and more than 1 % are refused; mend them")
         print(f"{told}: left out", file=sys.stderr)
     return records
 
@@ -939,6 +950,8 @@ def fits(parts: list[list[int]], shape: list[int]) -> bool:
 def read_config(path: str | Path) -> dict:
     """The raw config.json (Meta: params.json) of a checkpoint. Runs of ours have the key "gisting". Raises DataError."""
     folder = Path(path)
+    if not folder.is_dir() and "out" in folder.parts:
+        raise DataError(f"{path}: no such run; make one with: python train.py --n_gist 1 --out_dir {path}")
     if not folder.is_dir():
         name = path if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) else "HuggingFaceTB/SmolLM2-135M"
         raise DataError(f"{path}: no such directory; download a checkpoint with: hf download {name} --local-dir DIR")
@@ -1108,9 +1121,13 @@ def run(main: Callable[[], None]) -> None:
     """Run a script's main function; bad input and files that cannot be read or written end it with one line and exit status 2, Ctrl-C with 130."""
     try:
         main()
+        sys.stdout.flush()
     except DataError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:          # the reader of our output, `| head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as error:         # a full disk, a folder that may not be written
         print(f"{Path(sys.argv[0]).name}: {error.filename or 'a file'}: {error.strerror or error}; check its path, the permissions and the free space",
               file=sys.stderr)

@@ -351,6 +351,7 @@ def run(args) -> None:
 
 def read_outputs(file: str) -> list[dict]:
     """The rows of an outputs file, dicts with at least x, y_pred and y_true. Raises data.DataError."""
+    csv.field_size_limit(2**31 - 1)      # an answer of a long-winded model is longer than Python's limit
     try:
         with open(file, newline="", encoding="utf-8") as f:
             reader = csv.DictReader(f)
@@ -472,7 +473,8 @@ def judge_pair(endpoint: Endpoint, row: int, pair: tuple[dict, dict], names: lis
     choice, reason = parse_verdict(reply) or ("unparsed", reply)
     if swapped:
         choice = {"a": "b", "b": "a"}.get(choice, choice)
-    return {"row": row, "reason": reason, "choice": choice, "swapped": swapped, "x": pair[0]["x"], names[0]: answers[0], names[1]: answers[1]}
+    verdict = {"row": row, "reason": reason, "choice": choice, "swapped": swapped, "x": pair[0]["x"]}
+    return dict(zip(names, answers)) | verdict
 
 
 def judged_before(file: Path, head: dict, pairs: list, names: list[str]) -> list[dict]:
@@ -501,6 +503,8 @@ def judge(args) -> None:
     names = [os.path.splitext(file)[0] for file in (args.a, args.b)]
     if names[0] == names[1]:
         raise data.DataError(f"{args.b}: the same file twice; give the outputs of two models")
+    if taken := {*names} & {"row", "reason", "choice", "swapped", "x"}:
+        raise data.DataError(f"{min(taken)}.csv: its name is a key of the judgments file; give it with its folder, as ./{min(taken)}.csv")
     pairs, out = read_pairs(args.a, args.b), Path(args.out)
     head = {"names": dict(zip("ab", names)), "model": args.model, "seed": args.seed}
     results = judged_before(out, head, pairs, names)
@@ -670,13 +674,18 @@ def attention(args) -> None:
         else:
             hidden = model.compress(tokens, tokenizer.gist_id).hidden     # (1, n_gist, D)
     rows = torch.cat([w[0, :, -n_gist:].mean(dim=0) for w in record.weights]).cpu()     # (L * n_gist, T), mean over the heads
-    words = [tokenizer.decode([i]).strip() or "·" for i in prompt[:-n_gist]] + ["<G>"] * n_gist
+    words = [plain(tokenizer.decode([i]).strip()) or "·" for i in prompt[:-n_gist]] + ["<G>"] * n_gist
     labels = [f"layer {i + 1}" + f", gist {g + 1}" * (n_gist > 1) for i in range(len(record.weights)) for g in range(n_gist)]
-    draw_attention(rows, words, labels, args.instruction, args.out)
+    draw_attention(rows, words, labels, plain(args.instruction), args.out)
     print(f"wrote {args.out}\nnearest words to the last hidden state of the gist, by cosine:")
     for g, state in enumerate(hidden[0, -n_gist:]):
         near = F.cosine_similarity(state, table, dim=-1).topk(min(args.words, len(table)))
         print(f"  gist {g + 1}  " + "   ".join(f"{tokenizer.decode([i]).strip() or '·'} {c:.2f}" for c, i in zip(near.values.tolist(), near.indices.tolist())))
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib shows as it is: a pair of $ would make mathematics of it."""
+    return text.replace("$", r"\$")
 
 
 def draw_attention(rows: Tensor, words: list[str], labels: list[str], title: str, file: str) -> None:
@@ -798,6 +807,7 @@ def save_figure(figure, file: str) -> None:
         figure.savefig(temporary, dpi=120)
         os.replace(temporary, file)
     except (OSError, ValueError) as error:
+        temporary.unlink(missing_ok=True)
         raise data.DataError(f"--out {file}: cannot write the picture ({data.one_line(error)}); give a file like results.png") from None
 
 

@@ -124,8 +124,10 @@ def process_group(args) -> Iterator[None]:
         raise data.DataError(f"several processes without GPUs need torch 2.8 or newer, this is {torch.__version__}: install it, "
                              "or start train.py with python")
     dist.init_process_group("nccl" if on_cuda else "gloo")
-    yield
-    dist.destroy_process_group()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def shard_model(model, args) -> None:
@@ -350,6 +352,7 @@ def draw_loss(out_dir: Path) -> None:
     ax.set(xlabel="step", ylabel="loss (nats per output token)", title=out_dir.name, ylim=(0, None))
     ax.legend(frameon=False)
     figure.savefig(out_dir / "loss.tmp.png", dpi=120)
+    plt.close(figure)
     os.replace(out_dir / "loss.tmp.png", out_dir / "loss.png")
 
 
@@ -429,6 +432,8 @@ def parse_args() -> argparse.Namespace:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.n_gist == 0 and args.condition != "pos_control":
+        parser.error(f"--condition {args.condition} needs --n_gist 1 or more; without gist tokens every condition is pos_control")
     if args.pretrain_gist and (args.condition != "gist" or args.n_gist < 1 or args.epochs):
         parser.error("--pretrain_gist needs --condition gist, a gist token, and --max_steps")
     if (args.n_shots or args.per_step) and args.data != "builtin" or args.per_step and args.condition != "gist":

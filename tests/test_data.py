@@ -164,7 +164,7 @@ def test_up_to_one_percent_of_bad_records_are_left_out_and_told(tmp_path, capsys
     told = capsys.readouterr().err
     assert all(place in told for place in ("line 101: broken JSON", "line 202: 'instruction'", "line 300: 'instruction'")) and told.count("\n") == 1
     (tmp_path / "x_train.json").write_text("\n".join(lines + ["[]"]))
-    with pytest.raises(data.DataError, match="line 300: .*; and 1 more: 4 of 301 records are bad"):
+    with pytest.raises(data.DataError, match="line 300: .*; and 1 more: bad records: 4 of 301"):
         data.load_instructions(str(tmp_path))
 
 

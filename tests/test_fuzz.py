@@ -34,18 +34,23 @@ def mutate(content: bytes, rng: random.Random, others: list[bytes]) -> bytes:
     return bytes(changed)
 
 
+def too_slow(*args):
+    raise TimeoutError("a broken file was read for 60 seconds")
+
+
 def fuzz(folder: Path, target: Path, read, seed: int) -> int:
     """Call read(target) with one file of the folder mutated, again and again. Returns how many were refused."""
     rng, refused = random.Random(seed), 0
     files = sorted(f for f in folder.iterdir() if f.suffix not in (".npz", ".csv", ".png"))
     contents = {f.name: f.read_bytes() for f in files}
     target.mkdir()
+    signal.signal(signal.SIGALRM, too_slow)            # without a handler, an alarm ends the whole test run without a word
     for f in files:
         (target / f.name).write_bytes(contents[f.name])
     for _ in range(MUTATIONS):
         name = rng.choice(sorted(contents))
         (target / name).write_bytes(mutate(contents[name], rng, list(contents.values())))
-        signal.alarm(20)                               # a hang ends the tests
+        signal.alarm(60)                               # a hang fails the test
         try:
             read(target)
         except data.DataError as error:
