@@ -1,8 +1,9 @@
-"""Who may attend to whom: the gist masks, which are the whole of gisting's change to instruction tuning.
+"""Who may attend to whom: the gist masks, which are all that gisting changes in instruction tuning.
 
-A sequence is cut into three segments by its gist tokens G: the prompt before them, the gist tokens, and the input
-after them (in a decoder, the output belongs to the input). The input may not look at the prompt, so whatever it needs
-of the prompt has to pass through the gist tokens. The paper's Figure 2, for "prompt prompt G input input" and a decoder:
+A sequence is cut into three segments by its gist tokens G: the prompt before them, the gist tokens,
+and the input after them (in a decoder, the output belongs to the input). The input may not look at
+the prompt, so whatever it needs of the prompt has to pass through the gist tokens. The paper's
+Figure 2, for "prompt prompt G input input" and a decoder:
 
          gist               pos_control          neg_control
       p p G i i             p p G i i            p p G i i
@@ -12,171 +13,203 @@ of the prompt has to pass through the gist tokens. The paper's Figure 2, for "pr
     i . . 1 1 .           i 1 1 1 1 .          i . . . 1 .
     i . . 1 1 1           i 1 1 1 1 1          i . . . 1 1
 
-`gist` is the method. `pos_control` is ordinary instruction tuning, the quality to reach. `neg_control` hides the
-prompt altogether: what a model gets right there, it gets right without the instruction.
+`gist` is the method. `pos_control` is ordinary instruction tuning, the quality to reach.
+`neg_control` hides the prompt altogether: what a model gets right there, it gets right without the
+instruction.
 
-    mask[q, k] = TABLE[condition][segment(q), segment(k)]  and  (k <= q, in a decoder)  and  k is not padding
+    mask[q, k] = TABLE[condition][segment(q)][segment(k)]  and  k is not padding
+                 and, in a decoder, k <= q;      or  k = q: every token sees itself
 
-A row may hold several prompts, each with gist tokens behind it. Prompts and gist tokens then see their own pair only, and the
-input sees all the gists: each prompt can be compressed alone, and the caches joined.
+TABLE is the only place that knows a condition. Training, answering and measuring all ask this file,
+so a new entry there is a new condition everywhere.
 
-Mu, Li & Goodman, "Learning to Compress Prompts with Gist Tokens", NeurIPS 2023, section 3. Run this file to see the masks.
+Mu, Li & Goodman, "Learning to Compress Prompts with Gist Tokens", NeurIPS 2023, section 3. Run this
+file to see the masks.
 """
+
 import argparse
 import os
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-CONDITIONS = ("gist", "pos_control", "neg_control")
 PROMPT, GIST, INPUT = 0, 1, 2
 
-# Rows: the segment of the query; columns: the segment of the key; 1 = may attend.
+# A row for the segment of the query, a column for the segment of the key; 1 = may attend.
+# fmt: off
 TABLE = {
-    #              key: prompt  gist  input
-    "gist": torch.tensor([[1, 1, 0],         # prompt
-                          [1, 1, 0],         # gist
-                          [0, 1, 1]]).bool(),  # input
-    "pos_control": torch.tensor([[1, 1, 1],
-                                 [1, 1, 1],
-                                 [1, 1, 1]]).bool(),
-    "neg_control": torch.tensor([[1, 1, 0],
-                                 [1, 1, 0],
-                                 [0, 0, 1]]).bool(),
+    #                    key: prompt  gist  input
+    "gist":        [[1, 1, 0],    # query: prompt
+                    [1, 1, 0],    #        gist
+                    [0, 1, 1]],   #        input
+    "pos_control": [[1, 1, 1],
+                    [1, 1, 1],
+                    [1, 1, 1]],
+    "neg_control": [[1, 1, 0],
+                    [1, 1, 0],
+                    [0, 0, 1]],
 }
+# fmt: on
+CONDITIONS = tuple(TABLE)
 
 
 def segments(tokens: Tensor, gist_id: int) -> Tensor:
-    """Label every token: 0 prompt (before a gist token), 1 gist, 2 input (after the last).
+    """Label every token: 0 prompt (before the first gist), 1 gist, 2 input (after the last).
 
-    tokens: (B, T) int64. Returns (B, T) int64. A row without gist tokens is all input, so that nothing of it is masked.
+    tokens: (B, T) int64. Returns (B, T) int64. A row without gist tokens is all input.
     """
-    is_gist = tokens == gist_id                                     # (B, T)
-    after = is_gist.flip(1).cumsum(dim=1).flip(1) == 0              # (B, T) no gist token from here on
-    return torch.where(after, INPUT, torch.where(is_gist, GIST, PROMPT))
-
-
-def pairs(tokens: Tensor, gist_id: int) -> Tensor:
-    """Number the pairs of a prompt and its gist tokens: how many ended before every token. tokens: (B, T) int64. Returns (B, T) int64."""
-    is_gist = (tokens == gist_id).int()
-    return (F.pad(is_gist, (1, 0)).diff(dim=1) < 0).cumsum(dim=1)   # (B, T)
+    is_gist = tokens == gist_id  # (B, T)
+    gists_so_far = is_gist.cumsum(dim=1)  # (B, T) this token included
+    gists_in_row = is_gist.sum(dim=1, keepdim=True)  # (B, 1)
+    is_after = (gists_so_far == gists_in_row) & ~is_gist
+    return torch.where(is_gist, GIST, torch.where(is_after, INPUT, PROMPT))
 
 
 def positions(tokens: Tensor, gist_id: int) -> Tensor:
-    """Positions counted from the gist: 0 at the first gist token, negative in the prompt, n_gist at the first input token.
+    """Count positions from the gist: 0 at the first gist token, negative in the prompt.
 
-    tokens: (B, T) int64. Returns (B, T) int64. A row without gist tokens counts from its first column. Only differences
-    of positions enter the models, so this changes no output; but a gist computed once then fits any input. With several
-    pairs, a gist follows the one before, as if there were no prompts, and every prompt ends right before its own gist.
+    tokens: (B, T) int64. Returns (B, T) int64. A row without gist tokens counts from its first
+    column. Only differences of positions enter the models, so where the count starts changes no
+    output. But a gist that was computed once then fits any input.
     """
-    prompt, pair = segments(tokens, gist_id) == PROMPT, pairs(tokens, gist_id)                       # (B, T)
-    not_counted = prompt[:, None, :] & (pair[:, None, :] <= pair[:, :, None])                       # (B, T, T)
-    return torch.arange(tokens.shape[1], device=tokens.device) - not_counted.sum(dim=2)
+    first_gist = (tokens == gist_id).int().argmax(dim=1, keepdim=True)  # (B, 1)
+    return torch.arange(tokens.shape[1], device=tokens.device) - first_gist
 
 
-def encoder_mask(tokens: Tensor, gist_id: int, condition: str = "gist", valid: Tensor | None = None) -> Tensor:
+def table(condition: str, device: torch.device | None = None) -> Tensor:
+    """A condition's table, (3, 3) bool. Raises ValueError for a condition that TABLE lacks."""
+    if condition not in TABLE:
+        raise ValueError(f"no condition {condition!r} in TABLE, which has {', '.join(TABLE)}")
+    return torch.tensor(TABLE[condition], dtype=torch.bool, device=device)
+
+
+def encoder_mask(
+    tokens: Tensor,
+    gist_id: int,
+    condition: str = "gist",
+    attention_mask: Tensor | None = None,
+) -> Tensor:
     """The mask of an encoder: the table, looked up for every pair of query and key.
 
-    tokens: (B, T) int64; valid: (B, T) bool, False on padding. Returns (B, 1, T, T) bool, True = may attend.
-    A padded query sees itself, so that no softmax row is empty.
+    tokens: (B, T) int64; attention_mask: (B, T) bool, False on padding. Returns (B, 1, T, T) bool,
+    True = may attend. A row without gist tokens is not masked, whatever the table says. Every token
+    sees itself, padding too, so that no softmax is over nothing.
     """
-    s = segments(tokens, gist_id)                                         # (B, T)
-    mask = TABLE[condition].to(tokens.device)[s[:, :, None], s[:, None, :]]    # (B, T, T)
-    if condition != "pos_control":                                        # of several prompts, each is seen by its own gist only
-        pair = pairs(tokens, gist_id)                                     # (B, T)
-        mask = mask & ((pair[:, :, None] == pair[:, None, :]) | (s == INPUT)[:, :, None])
-    if valid is not None:
-        itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
-        mask = mask & valid[:, None, :] | itself
-    return mask[:, None]
+    segment = segments(tokens, gist_id)  # (B, T)
+    mask = table(condition, tokens.device)[segment[:, :, None], segment[:, None, :]]  # (B, T, T)
+    has_gist = (tokens == gist_id).any(dim=1)  # (B,)
+    mask = mask | ~has_gist[:, None, None]
+    if attention_mask is not None:
+        mask = mask & attention_mask[:, None, :]
+    itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
+    return (mask | itself)[:, None]
 
 
-def decoder_mask(tokens: Tensor, gist_id: int, condition: str = "gist", valid: Tensor | None = None) -> Tensor:
-    """The mask of a decoder: the encoder's, and no token sees a later one.
+def decoder_mask(
+    tokens: Tensor,
+    gist_id: int,
+    condition: str = "gist",
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """The mask of a decoder: the encoder's, and no token sees a later one. Shapes as there."""
+    return encoder_mask(tokens, gist_id, condition, attention_mask).tril()
 
-    tokens: (B, T) int64; valid: (B, T) bool, False on padding. Returns (B, 1, T, T) bool, True = may attend.
+
+def cross_mask(
+    tokens: Tensor,
+    gist_id: int,
+    condition: str = "gist",
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """What the input sees of these tokens: the table's input row.
+
+    This is the mask of T5's cross-attention, and it says what a cache has to keep of a prompt.
+    tokens: (B, T) int64; attention_mask: (B, T) bool. Returns (B, 1, 1, T) bool.
     """
-    return encoder_mask(tokens, gist_id, condition, valid).tril()
-
-
-def cross_mask(tokens: Tensor, gist_id: int, condition: str = "gist", valid: Tensor | None = None) -> Tensor:
-    """What an encoder-decoder's decoder sees of the encoder: the table's input row.
-
-    tokens: (B, T) int64, the encoder's; valid: (B, T) bool, False on padding. Returns (B, 1, 1, T) bool.
-    """
-    mask = TABLE[condition].to(tokens.device)[INPUT, segments(tokens, gist_id)]    # (B, T)
-    if valid is not None:
-        mask = mask & valid
+    mask = table(condition, tokens.device)[INPUT][segments(tokens, gist_id)]  # (B, T)
+    has_gist = (tokens == gist_id).any(dim=1, keepdim=True)  # (B, 1)
+    mask = mask | ~has_gist
+    if attention_mask is not None:
+        mask = mask & attention_mask
     return mask[:, None, None]
+
+
+def prompt_sees_input(condition: str) -> bool:
+    """Does the table let prompt or gist look at the input?
+
+    Then an encoder can compute nothing of the prompt before the input is there. (A decoder always
+    can: its tokens see no later ones.)
+    """
+    return bool(table(condition)[:INPUT, INPUT].any())
 
 
 # ---- An example to look at ----
 
 EXAMPLE = "Translate to French <G> The cheese Output: Le fromage"
-SHADE = {PROMPT: "tab:blue", GIST: "tab:red", INPUT: "tab:green"}
-
-
-def example_masks(n_gist: int) -> tuple[list[str], Tensor, dict[str, Tensor]]:
-    """The example's words, their segments (T,), and its (T, T) decoder mask for every condition."""
-    words = [w for word in EXAMPLE.split() for w in ([word] * n_gist if word == "<G>" else [word])]
-    tokens = torch.tensor([[1 if word == "<G>" else 0 for word in words]])
-    return words, segments(tokens, gist_id=1)[0], {c: decoder_mask(tokens, 1, c)[0, 0] for c in CONDITIONS}
+COLORS = ["tab:blue", "tab:red", "tab:green"]  # of prompt, gist and input
 
 
 def as_text(words: list[str], mask: Tensor) -> str:
-    """One line a query; a column a key, headed by the first letter of its word."""
-    lines = [" " * 12 + " ".join(word.strip("<")[0] for word in words)]
-    lines += [f"{word:>11} " + " ".join("x" if seen else "." for seen in row) for word, row in zip(words, mask.tolist())]
-    return "\n".join(lines)
+    """A line for every query, a column for every key. mask: (T, T) bool."""
+    width = max(len(word) for word in words)
+    lines = [" " * width + " " + " ".join(words)]
+    for word, row in zip(words, mask.tolist(), strict=True):
+        marks = ["x" if seen else "." for seen in row]
+        columns = [mark.center(len(key)) for mark, key in zip(marks, words, strict=True)]
+        lines.append(f"{word:>{width}} {' '.join(columns)}")
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def draw(words: list[str], segment: Tensor, masks: dict[str, Tensor], path: str) -> None:
-    """Draw the masks side by side into the image file `path`: a coloured square where the query (row) sees the key (column)."""
+    """Draw the masks side by side: a colored square where the query (row) sees the key (column)."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch
 
-    shade = torch.tensor([to_rgb(SHADE[s]) for s in segment.tolist()])    # (T, 3) a colour for every key
-    figure, axes = plt.subplots(1, len(masks), figsize=(4.2 * len(masks), 5.4), constrained_layout=True)
-    for ax, (condition, mask) in zip(axes, masks.items()):
+    colors = [COLORS[s] for s in segment.tolist()]
+    shade = torch.tensor([to_rgb(color) for color in colors])  # (T, 3) a color for every key
+    size = (4.2 * len(masks), 5.4)
+    figure, axes = plt.subplots(1, len(masks), figsize=size, layout="constrained", squeeze=False)
+    for ax, (condition, mask) in zip(axes[0], masks.items(), strict=True):
         ax.imshow(torch.where(mask[:, :, None], shade, torch.tensor(0.94)).numpy())
         ax.set_title(condition)
         ax.set_xticks(range(len(words)), words, rotation=90)
         ax.set_yticks(range(len(words)), words)
-        ax.set_xticks([i - 0.5 for i in range(len(words))], minor=True)
-        ax.set_yticks([i - 0.5 for i in range(len(words))], minor=True)
+        for axis in (ax.xaxis, ax.yaxis):
+            for label, color in zip(axis.get_ticklabels(), colors, strict=True):
+                label.set_color(color)
+            axis.set_ticks([i - 0.5 for i in range(len(words))], minor=True)
         ax.grid(which="minor", color="white", linewidth=2)
         ax.tick_params(which="both", length=0)
-        for label, s in list(zip(ax.get_xticklabels(), segment.tolist())) + list(zip(ax.get_yticklabels(), segment.tolist())):
-            label.set_color(SHADE[s])
-    axes[0].set_ylabel("query: this token ...")
-    axes[0].set_xlabel("... sees these keys")
-    names = {PROMPT: "prompt", GIST: "gist", INPUT: "input and output"}
-    figure.legend(handles=[Patch(color=SHADE[s], label=names[s]) for s in names], loc="outside lower center", ncols=3, frameon=False)
-    root, ext = os.path.splitext(path)
-    figure.savefig(f"{root}.tmp{ext}", dpi=120)
-    os.replace(f"{root}.tmp{ext}", path)
+    axes[0, 0].set(xlabel="... sees these keys", ylabel="query: this token ...")
+    names = ["prompt", "gist", "input and output"]
+    patches = [Patch(color=c, label=name) for c, name in zip(COLORS, names, strict=True)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)
+    root, ending = os.path.splitext(path)
+    figure.savefig(f"{root}.tmp{ending}", dpi=120)
+    os.replace(f"{root}.tmp{ending}", path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print (and draw) the attention masks of the three conditions for a small example.")
-    parser.add_argument("--n_gist", type=int, default=1, help="number of gist tokens in the example (default 1)")
-    parser.add_argument("--out", metavar="FILE.png", help="also draw the masks, side by side, into this file")
+    parser = argparse.ArgumentParser(description="Print (and draw) the masks of a small example.")
+    parser.add_argument("--n_gist", type=int, default=1, help="number of gist tokens (%(default)s)")
+    parser.add_argument("--out", metavar="FILE.png", help="also draw the masks into this file")
     args = parser.parse_args()
-    if args.n_gist < 0:
-        parser.error("--n_gist must be 0 or more")
-    words, segment, masks = example_masks(args.n_gist)
-    for condition, mask in masks.items():
-        print(f"{condition}\n{as_text(words, mask)}\n")
+    if not 0 <= args.n_gist <= 100:
+        parser.error("--n_gist must be from 0 to 100")
+    words = EXAMPLE.replace("<G>", "<G> " * args.n_gist).split()
+    tokens = torch.tensor([[int(word == "<G>") for word in words]])  # (1, T); 1 is the gist's id
+    masks = {condition: decoder_mask(tokens, 1, condition)[0, 0] for condition in TABLE}
+    print("\n\n".join(f"{name}\n{as_text(words, mask)}" for name, mask in masks.items()))
     if args.out:
         try:
-            draw(words, segment, masks, args.out)
+            draw(words, segments(tokens, 1)[0], masks, args.out)
         except (OSError, ValueError) as error:
             parser.error(f"--out {args.out}: cannot write the picture: {error}")
-        print(f"wrote {args.out}")
+        print(f"\nwrote {args.out}")
 
 
 if __name__ == "__main__":

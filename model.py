@@ -4,55 +4,33 @@
     for every layer:   x = x + attention(norm(x));   x = x + feed_forward(norm(x))
     logits = output(norm(x))
 
-RMSNorm instead of LayerNorm, rotary positions instead of learned ones, SwiGLU instead of ReLU, no biases; keys and values
-may have fewer heads than queries (grouped-query attention). Touvron et al. 2023, arXiv 2302.13971; the paper's LLaMA-7B.
+RMSNorm instead of LayerNorm, rotary positions instead of learned ones, SwiGLU instead of ReLU, no
+biases; keys and values may have fewer heads than queries (grouped-query attention). Touvron et al.
+2023, arXiv 2302.13971; the paper's LLaMA-7B.
 
-Nothing here knows what a gist is for. The model takes a mask and positions, and can keep some columns of its key-value
-cache, and that is all that gisting needs:
-- positions are explicit and may be negative: a gist stands at 0 and its prompt before it, so a cached gist fits any input;
+Nothing here knows what a gist is for. The model takes a mask and positions, and can keep some
+columns of its key-value cache, and that is all that gisting needs:
+- positions are explicit and may be negative: a gist stands at 0 and its prompt before it, so a
+  cached gist fits any input;
 - a compressed prompt is a `Cache` that kept only the gist's columns; `generate` goes on from it;
 - the loss makes logits only where there is a label: none for the prompt, none for padding.
 
-Letters of the shapes: B batch, T sequence, S keys, H heads, D model width, K head width, V vocabulary, L layers.
+Letters of the shapes: B batch, T sequence, S keys, H heads, D model width, K head width,
+V vocabulary, L layers.
 """
+
+from __future__ import annotations
+
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORE = -100          # a target that is no label
-
-
-@dataclass
-class LlamaConfig:
-    """The shape of a model. The defaults are the small model that learns the built-in instructions."""
-    vocab_size: int = 512
-    d_model: int = 128
-    n_layers: int = 4
-    n_heads: int = 8
-    n_kv_heads: int = 8
-    head_dim: int = 16
-    d_ff: int = 384
-    rope_theta: float = 10_000.0
-    rope_scaling: dict | None = None     # the "llama3" scaling: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = True          # the output head is the embedding
-
-    @classmethod
-    def from_name(cls, name: str, **changes) -> "LlamaConfig":
-        """A preset of PRESETS by its name; `changes` override its fields. Raises KeyError for a name that is not there."""
-        return cls(**{**PRESETS[name], **changes})
-
-
-PRESETS = {
-    "llama-tiny": dict(),
-    "llama-7b": dict(vocab_size=32000, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, head_dim=128, d_ff=11008, norm_eps=1e-6,
-                     tie_embeddings=False),
-    "smollm2-135m": dict(vocab_size=49152, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64, d_ff=1536,
-                         rope_theta=100_000.0, tie_embeddings=True),
-}
+IGNORE_INDEX = -100  # a target that is no label
+KeysValues = tuple[Tensor, Tensor]  # of one layer, two of (B, S, H, K)
 
 
 class RMSNorm(nn.Module):
@@ -67,124 +45,30 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
 
 
-class Linear(nn.Linear):
-    """x W', without bias.
-
-    Footgun: on a CPU, answering multiplies W by a few rows at a time, for which BLAS can be far from its best. (W x')' takes two
-    thirds of the time, for two or three rows a third; a single row goes twice, as matrix times vector is slower than both.
-    """
-
-    def __init__(self, n_in: int, n_out: int):
-        super().__init__(n_in, n_out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])                                 # (R, n_in)
-        n = len(rows)
-        if n > 128 or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
-            return super().forward(x)
-        if n == 1:
-            rows = rows.repeat(2, 1)
-        return (self.weight @ rows.mT)[:, :n].mT.reshape(*x.shape[:-1], -1)
-
-
-def rope_frequencies(config: LlamaConfig, device=None) -> Tensor:
+def rope_frequencies(config: LlamaConfig, device: torch.device | None = None) -> Tensor:
     """Radians per position for every pair of head dimensions: theta^(-2i/K). Returns (K/2,) fp32.
 
-    With `rope_scaling` (LLaMA 3.1, arXiv 2407.21783): wavelengths longer than the original context are stretched by `factor`,
-    short ones are kept, those between are blended.
+    With `rope_scaling` (LLaMA 3.1, arXiv 2407.21783), wavelengths longer than the original context
+    are stretched by `factor`, short ones are kept, and those between are blended.
     """
-    half = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
-    freqs = config.rope_theta ** -half                                    # (K/2,)
-    if config.rope_scaling is None:
+    exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
+    freqs = config.rope_theta ** -(exponents / config.head_dim)  # (K/2,)
+    scaling = config.rope_scaling
+    if scaling is None:
         return freqs
-    s = config.rope_scaling
-    turns = s["original_max_position_embeddings"] * freqs / (2 * math.pi)     # full turns within the original context
-    keep = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
-    keep = keep.clamp(0, 1)                                               # 1 = as it was, 0 = stretched
-    return freqs * (keep + (1 - keep) / s["factor"])
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1 = as it was, 0 = stretched
+    return freqs * (keep + (1 - keep) / scaling["factor"])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn every pair (x[i], x[i + K/2]) by its angle. x: (B, H, T, K); cos, sin: (B, 1, T, K/2) fp32. Su et al. 2021."""
+    """Turn every pair (x[i], x[i + K/2]) by its angle. Su et al. 2021.
+
+    x: (B, T, H, K); cos, sin: (B, T, 1, K/2) fp32.
+    """
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
-
-
-class Cache:
-    """What was read before: keys and values for every layer. A compressed prompt is one that kept only the gist's columns.
-
-    keys, values: (L, B, H_kv, room, K), of which the first `length` columns are filled; valid: (B, length) bool, False on
-    padding; positions: (B, length) int64, where the columns stand; hidden: (B, length, D), the last layer's output, or None
-    (only an encoder's cache has it). Row b of all of them is one prompt: rows can be picked, `cache[2:5]`, and batches joined, `Cache.cat`.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, valid: Tensor, positions: Tensor, hidden: Tensor | None = None):
-        self.keys, self.values, self.valid, self.positions, self.hidden = keys, values, valid, positions, hidden
-
-    @property
-    def length(self) -> int:
-        return self.valid.shape[1]
-
-    def next_position(self) -> Tensor:
-        """(B, 1) int64: one after the last valid position of every row; 0 for a row that holds nothing."""
-        if self.length == 0:
-            return torch.zeros(len(self.valid), 1, dtype=torch.int64, device=self.valid.device)
-        return self.positions.masked_fill(~self.valid, -1).amax(dim=1, keepdim=True) + 1
-
-    def with_room(self, columns: int) -> "Cache":
-        """A copy with room for `columns` more keys and values; the original stays as it is."""
-        def grow(x: Tensor) -> Tensor:
-            bigger = x.new_empty(*x.shape[:3], self.length + columns, x.shape[4])
-            bigger[:, :, :, :self.length] = x[:, :, :, :self.length]
-            return bigger
-        return Cache(grow(self.keys), grow(self.values), self.valid, self.positions, self.hidden)
-
-    def select(self, columns: Tensor) -> "Cache":
-        """Only some columns. columns: (B, n) int64, the indices to keep in every row."""
-        pick, index = torch.take_along_dim, columns[None, :, None, :, None]
-        return Cache(pick(self.keys, index, 3), pick(self.values, index, 3), pick(self.valid, columns, 1), pick(self.positions, columns, 1),
-                     None if self.hidden is None else pick(self.hidden, columns[:, :, None], 1))
-
-    def __getitem__(self, rows: slice | list[int] | Tensor) -> "Cache":
-        """Some rows, in any order and as often as wanted."""
-        return Cache(self.keys[:, rows], self.values[:, rows], self.valid[rows], self.positions[rows],
-                     None if self.hidden is None else self.hidden[rows])
-
-    @staticmethod
-    def cat(caches: list["Cache"]) -> "Cache":
-        """Join batches of prompts into one. Shorter ones are padded on the right; padding is not valid."""
-        length = max(cache.length for cache in caches)
-
-        def join(tensors: list[Tensor], batch_dim: int, column_dim: int) -> Tensor:
-            padded = []
-            for x, cache in zip(tensors, caches):
-                shape = list(x.shape)
-                shape[column_dim] = length - cache.length
-                padded.append(torch.cat([x.narrow(column_dim, 0, cache.length), x.new_zeros(shape)], dim=column_dim))
-            return torch.cat(padded, dim=batch_dim)
-
-        hidden = None if caches[0].hidden is None else join([c.hidden for c in caches], 0, 1)
-        return Cache(join([c.keys for c in caches], 1, 3), join([c.values for c in caches], 1, 3),
-                     join([c.valid for c in caches], 0, 1), join([c.positions for c in caches], 0, 1), hidden)
-
-    @staticmethod
-    def join(caches: list["Cache"]) -> "Cache":
-        """Join prompts that were compressed apart, to answer from all of them: the same rows, one cache behind the other."""
-        def behind(name: str, dim: int) -> Tensor:
-            return torch.cat([getattr(c, name).narrow(dim, 0, c.length) for c in caches], dim=dim)
-        return Cache(behind("keys", 3), behind("values", 3), behind("valid", 1), behind("positions", 1),
-                     None if caches[0].hidden is None else behind("hidden", 1))
-
-    def to(self, device=None, dtype: torch.dtype | None = None) -> "Cache":
-        """On another device, in another dtype."""
-        return Cache(self.keys.to(device, dtype), self.values.to(device, dtype), self.valid.to(device), self.positions.to(device),
-                     None if self.hidden is None else self.hidden.to(device, dtype))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the filled keys, values and hidden states."""
-        per_column = self.keys[:, :, :, :1].nbytes + self.values[:, :, :, :1].nbytes
-        return per_column * self.length + (0 if self.hidden is None else self.hidden.nbytes)
 
 
 class Attention(nn.Module):
@@ -198,20 +82,38 @@ class Attention(nn.Module):
         self.wv = Linear(c.d_model, c.n_kv_heads * c.head_dim)
         self.wo = Linear(c.n_heads * c.head_dim, c.d_model)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor, kv: tuple[Tensor, Tensor, int] | None) -> Tensor:
-        B, T, _ = x.shape
-        q = self.wq(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)       # (B, H, T, K)
-        k = self.wk(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)    # (B, H_kv, T, K)
-        v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)    # (B, H_kv, T, K)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if kv is not None:                                                # write the new columns, read all of them
-            keys, values, start = kv
-            keys[:, :, start:start + T] = k
-            values[:, :, start:start + T] = v
-            k, v = keys[:, :, :start + T], values[:, :, :start + T]       # (B, H_kv, S, K)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                             enable_gqa=self.n_kv_heads != self.n_heads)     # (B, H, T, K)
-        return self.wo(out.transpose(1, 2).reshape(B, T, -1))             # (B, T, D)
+    def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """x: (B, T, D). Returns (B, T, H, K), and two of (B, T, H_kv, K)."""
+        q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))
+        k = self.wk(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        v = self.wv(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        past: KeysValues | None,
+    ) -> Tensor:
+        q, k, v = self.queries_keys_values(x, cos, sin)
+        if past is not None:
+            k, v = append(past, k, v, mask.shape[-1])  # (B, S, H_kv, K)
+        grouped = self.n_kv_heads != self.n_heads
+        if grouped and x.is_cuda:  # where a mask and grouped heads together have no fast kernel
+            k = k.repeat_interleave(self.n_heads // self.n_kv_heads, dim=2)
+            v = v.repeat_interleave(self.n_heads // self.n_kv_heads, dim=2)
+            grouped = False
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),  # (B, H, T, K)
+            k.transpose(1, 2),  # (B, H_kv, S, K)
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=grouped,
+        )
+        return self.wo(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 class FeedForward(nn.Module):
@@ -237,8 +139,15 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(c.d_model, c.norm_eps)
         self.feed_forward = FeedForward(c)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor, kv: tuple[Tensor, Tensor, int] | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), mask, cos, sin, kv)
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        past: KeysValues | None,
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), mask, cos, sin, past)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -248,16 +157,20 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.d_model)
+        empty = torch.empty(config.vocab_size, config.d_model)  # nn.Embedding alone would fill it
+        self.embedding = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.output = Linear(config.d_model, config.vocab_size)
-        if config.tie_embeddings:
-            self.output.weight = self.tok_embeddings.weight
+        self.output = None  # the embedding is the output head
+        if not config.tie_embeddings:
+            self.output = Linear(config.d_model, config.vocab_size)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Random weights for training from scratch: normal with deviation 1/sqrt(inputs), smaller where a residual path is fed."""
+        """Random weights to train from scratch: normal with std 1/sqrt(inputs), norms at 1.
+
+        The matrices that add to the residual path start smaller, by sqrt(2 L).
+        """
         for name, weight in self.named_parameters():
             if weight.ndim == 1:
                 weight.fill_(1.0)
@@ -267,125 +180,457 @@ class Llama(nn.Module):
                 std /= math.sqrt(2 * self.config.n_layers)
             weight.normal_(0.0, std, generator=generator)
 
-    def hidden(self, tokens: Tensor, mask: Tensor | None = None, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """The last layer's output after the final norm: (B, T, D). Arguments as in `forward`."""
-        if cache is not None and mask is None:
-            mask = causal_mask(cache.valid, torch.ones_like(tokens, dtype=torch.bool))
-        if positions is None:
-            start = cache.next_position() if cache is not None else 0
-            positions = start + torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        angle = positions[:, None, :, None] * rope_frequencies(self.config, tokens.device)     # (B, 1, T, K/2)
-        cos, sin = angle.cos(), angle.sin()
-        x = self.tok_embeddings(tokens)                                   # (B, T, D)
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the rotary angles, two of (B, T, 1, K/2). positions: (B, T) int64."""
+        frequencies = rope_frequencies(self.config, positions.device)  # (K/2,)
+        angle = positions[:, :, None, None] * frequencies
+        return angle.cos(), angle.sin()
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        past: list[KeysValues] | None = None,
+    ) -> Tensor:
+        """The last layer's output after the final norm, (B, T, D).
+
+        tokens, mask, positions: as in `forward`. past: for every layer, keys and values with room
+        for the new tokens' (`Cache.with_room`), which are written into them.
+        """
+        cos, sin = self.angles(positions)
+        x = self.embedding(tokens)  # (B, T, D)
         for i, layer in enumerate(self.layers):
-            kv = None if cache is None else (cache.keys[i], cache.values[i], cache.length)
-            x = layer(x, mask, cos, sin, kv)
+            x = layer(x, mask, cos, sin, None if past is None else past[i])
         return self.norm(x)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: (..., D). Returns (..., V)."""
+        if self.output is None:
+            return linear(hidden, self.embedding.weight)
+        return self.output(hidden)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """Logits (B, T, V) of the next token at every place.
 
-        tokens: (B, T) int64. mask: (B, 1, T, S) bool, True = may attend, S = the cache's columns, then the T new ones; None
-        is causal. positions: (B, T) int64, may be negative; None counts on from the cache, or from 0. cache: a `Cache` with room
-        for T more columns; their keys and values are written into it (`cache.valid` and `.positions` are the caller's to extend).
+        tokens: (B, T) int64. mask: (B, 1, T, S + T) bool, True = may attend, the S columns of the
+        cache first; None is causal. positions: (B, T) int64, may be negative; None counts on from
+        the cache, or from 0. cache: what was read before (`compress`); it is not changed.
         """
-        return self.output(self.hidden(tokens, mask, positions, cache))
+        no_padding = torch.ones_like(tokens, dtype=torch.bool)
+        mask, positions, cache = self.fill_in(no_padding, mask, positions, cache)
+        past = cache.with_room(tokens.shape[1])
+        return self.logits(self.hidden(tokens, mask, positions, past))
 
-    def loss(self, tokens: Tensor, targets: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """Cross-entropy in nats, summed over the labels. targets: (B, T) int64, the token to predict at every place, or IGNORE.
-
-        Only the places with a label reach the output head: with V = 32,000, logits of a whole batch would be its largest tensor.
-        """
-        labelled = targets != IGNORE                                      # (B, T)
-        logits = self.output(self.hidden(tokens, mask, positions)[labelled])     # (labels, V)
-        return F.cross_entropy(logits.float(), targets[labelled], reduction="sum")
-
-    def empty_cache(self, batch: int, room: int) -> Cache:
-        """A cache for `room` columns that holds none yet."""
-        c, weight = self.config, self.output.weight
-        shape = (c.n_layers, batch, c.n_kv_heads, room, c.head_dim)
-        nothing = torch.empty(batch, 0, dtype=torch.int64, device=weight.device)
-        return Cache(weight.new_empty(shape), weight.new_empty(shape), nothing.bool(), nothing)
-
-    @torch.no_grad()
-    def compress(self, tokens: Tensor, gist_id: int, valid: Tensor | None = None, keep: str = "gist", first: int = 0) -> Cache:
-        """Read prompts once, and keep what is needed to answer from them.
-
-        tokens: (B, T) int64, prompt and gist tokens, nothing after them; every row has the same number of gist tokens. valid:
-        (B, T) bool, False on padding. first: the position of the first gist token, behind other prompts' (`Cache.join`).
-        keep="gist" keeps the gist's columns, keep="all" every one (the paper's instruction caching). Returns a `Cache` for
-        `generate`; the next position follows the last gist token, whatever the prompt's length.
-        """
-        valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
-        positions, columns = locate_gist(tokens, gist_id, first)
-        cache = self.empty_cache(*tokens.shape)
-        self.hidden(tokens, causal_mask(cache.valid, valid), positions, cache)
-        cache.valid, cache.positions = valid, positions
-        return cache.select(columns) if keep == "gist" else cache
-
-    @torch.no_grad()
-    def generate(self, tokens: Tensor, valid: Tensor | None = None, mask: Tensor | None = None, positions: Tensor | None = None,
-                 cache: Cache | None = None, *, max_new_tokens: int = 256, eos_id: int | None = None, temperature: float = 0.0,
-                 top_p: float = 1.0, generator: torch.Generator | None = None) -> list[list[int]]:
-        """Continue every row, greedily unless `temperature` > 0. Returns B lists of the new tokens, without `eos_id`.
-
-        tokens: (B, T) int64, T >= 1; valid: (B, T) bool, False on padding, on either side. cache: what was read before (`compress`);
-        it is not changed and can be used again. mask: (B, 1, T, S) bool for the tokens given, causal if None; a new token sees
-        what the last given token of its row saw, and the new ones. positions: (B, T) int64. A row ends at `eos_id`, all at max_new_tokens.
-        """
-        B, T = tokens.shape
-        valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
-        cache = self.empty_cache(B, T + max_new_tokens) if cache is None else cache.with_room(T + max_new_tokens)
-        if positions is None:
-            positions = cache.next_position() + valid.cumsum(dim=1) - 1   # (B, T) padding does not count
+    def fill_in(
+        self,
+        attention_mask: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        cache: Cache | None,
+    ) -> tuple[Tensor, Tensor, Cache]:
+        """What was not given: an empty cache, a causal mask, positions that count on."""
+        if cache is None:
+            heads = (self.config.n_layers, self.config.n_kv_heads, self.config.head_dim)
+            cache = Cache.empty(len(attention_mask), heads, 0, self.embedding.weight)
         if mask is None:
-            mask = causal_mask(cache.valid, valid)
-        last = torch.where(valid, torch.arange(T, device=tokens.device), -1).amax(dim=1)     # (B,) every row's last token
-        row = torch.arange(B, device=tokens.device)
-        x = self.hidden(tokens, mask, positions, cache)[row, last]        # (B, D)
-        sees, position = mask[row, :, last], positions[row, last]         # (B, 1, S), (B,)
-        cache.valid = torch.cat([cache.valid, valid], dim=1)
-        cache.positions = torch.cat([cache.positions, positions], dim=1)
-        answers, done = [[] for _ in range(B)], torch.zeros(B, dtype=torch.bool)
-        for step in range(max_new_tokens):
-            new = sample(self.output(x), temperature, top_p, generator)   # (B,)
-            for i, token in enumerate(new.tolist()):
-                done[i] |= token == eos_id
-                if not done[i]:
-                    answers[i].append(token)
-            if done.all() or step == max_new_tokens - 1:
-                break
-            position = position + 1
-            sees = F.pad(sees, (0, 1), value=True)                        # (B, 1, S + 1)
-            x = self.hidden(new[:, None], sees[:, :, None], position[:, None], cache)[:, 0]
-            cache.valid = F.pad(cache.valid, (0, 1), value=True)
-            cache.positions = torch.cat([cache.positions, position[:, None]], dim=1)
-        return answers
+            mask = causal_mask(cache.attention_mask, attention_mask)
+        if positions is None:
+            positions = cache.positions_behind(attention_mask)
+        return mask, positions, cache
+
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy in nats, summed over the labels.
+
+        targets: (B, T) int64, the token to predict at every place, or IGNORE_INDEX. The rest: as in
+        `forward`. Only places with a label reach the output head: with V = 32,000, the logits of a
+        whole batch would be its largest tensor.
+        """
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        is_label = targets != IGNORE_INDEX  # (B, T)
+        hidden = self.hidden(tokens, mask, positions)[is_label]  # (labels, D)
+        logits = self.logits(hidden).float()
+        return F.cross_entropy(logits, targets[is_label], reduction="sum")
+
+    @torch.no_grad()
+    def compress(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None = None,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> Cache:
+        """Read prompts once, and keep some columns to go on from.
+
+        tokens: (B, T) int64. attention_mask: (B, T) bool, False on padding. mask: (B, 1, T, T)
+        bool; None is causal. positions: (B, T + 1) int64, of the tokens and of what comes next;
+        None counts the tokens from 0. keep: (T,) bool, the columns to keep; None keeps all, which
+        is the paper's instruction caching.
+        """
+        T = tokens.shape[1]
+        if attention_mask is None:
+            attention_mask = torch.ones_like(tokens, dtype=torch.bool)
+        with_next = F.pad(attention_mask, (0, 1), value=True)
+        mask, positions, cache = self.fill_in(with_next, mask, positions, None)
+        past = cache.with_room(T)
+        hidden = self.hidden(tokens, mask[:, :, :T, :T], positions[:, :T], past)
+        return Cache.from_layers(past, attention_mask, positions, hidden[:, :, :0]).select(keep)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None = None,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        *,
+        max_new_tokens: int = 256,
+        eos_id: int | None = None,
+    ) -> list[list[int]]:
+        """Continue every row greedily. Returns B lists of the new tokens, without `eos_id`.
+
+        tokens: (B, T) int64, T >= 1; attention_mask: (B, T) bool, False on padding, which stands on
+        the left. cache: what was read before (`compress`); it is not changed. mask: (B, 1, T + N,
+        S + T + N) bool and positions: (B, T + N) int64, with N = max_new_tokens, are for the given
+        tokens and those to come; None is causal, and counts on from the cache, or from 0. A row
+        ends at `eos_id`, all of them after N tokens.
+        """
+        T = tokens.shape[1]
+        if attention_mask is None:
+            attention_mask = torch.ones_like(tokens, dtype=torch.bool)
+        assert attention_mask[:, -1].all(), "rows have to be padded on the left"
+        with_answer = F.pad(attention_mask, (0, max_new_tokens), value=True)
+        mask, positions, cache = self.fill_in(with_answer, mask, positions, cache)
+        past = cache.with_room(T + max_new_tokens)
+
+        def next_logits(new: Tensor, start: int) -> Tensor:
+            end = start + new.shape[1]
+            seen = mask[:, :, start:end, : cache.length + end]
+            return self.logits(self.hidden(new, seen, positions[:, start:end], past)[:, -1])
+
+        return generate_tokens(next_logits, tokens, max_new_tokens, eos_id)
 
 
-def locate_gist(tokens: Tensor, gist_id: int, first: int = 0) -> tuple[Tensor, Tensor]:
-    """Where the gist stands: positions, `first` at every row's first gist token (B, T), and the gist's columns (B, n_gist), int64."""
-    is_gist = tokens == gist_id                                           # (B, T)
-    n_gist = int(is_gist[0].sum())
-    assert (is_gist.sum(dim=1) == n_gist).all(), "every row needs the same number of gist tokens"
-    positions = first + torch.arange(tokens.shape[1], device=tokens.device) - is_gist.int().argmax(dim=1, keepdim=True)
-    return positions, is_gist.nonzero()[:, 1].view(len(tokens), n_gist)
+# ---- The cache ----
 
 
-def causal_mask(cached: Tensor, valid: Tensor) -> Tensor:
-    """Every valid token sees the valid ones before it, and itself. cached: (B, S), valid: (B, T) bool. Returns (B, 1, T, S + T) bool."""
-    T = valid.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=valid.device).tril()
-    itself = torch.eye(T, dtype=torch.bool, device=valid.device)
-    new = causal & valid[:, None, :] | itself                             # (B, T, T)
+@dataclass
+class Cache:
+    """What was read before: keys and values of every layer. Row b is one prompt.
+
+    keys, values: (B, S, L, H_kv, K). attention_mask: (B, S) bool, False on padding. positions:
+    (B, S) int64, where the columns stand. hidden: (B, S, D), the last layer's output, which only an
+    encoder's cache needs; D = 0 in a decoder's. next_position: (B, 1) int64, that of what follows.
+    """
+
+    keys: Tensor
+    values: Tensor
+    attention_mask: Tensor
+    positions: Tensor
+    hidden: Tensor
+    next_position: Tensor
+
+    @staticmethod
+    def empty(batch: int, heads: tuple[int, int, int], d_hidden: int, like: Tensor) -> Cache:
+        """No columns yet. heads: L, H_kv and K. Device and dtype are those of `like`."""
+        nothing = like.new_empty(batch, 0, *heads)
+        hidden = like.new_empty(batch, 0, d_hidden)
+        start = torch.zeros(batch, 1, dtype=torch.int64, device=like.device)
+        no_column = start[:, :0]
+        return Cache(nothing, nothing, no_column.bool(), no_column, hidden, start)
+
+    @staticmethod
+    def from_layers(
+        past: list[KeysValues], attention_mask: Tensor, positions: Tensor, hidden: Tensor
+    ) -> Cache:
+        """positions: (B, S + 1), the last one is that of what follows."""
+        keys, values = (torch.stack(layers, dim=2) for layers in zip(*past))
+        return Cache(keys, values, attention_mask, positions[:, :-1], hidden, positions[:, -1:])
+
+    @property
+    def length(self) -> int:
+        """S, the number of columns."""
+        return self.attention_mask.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and hidden states."""
+        return self.keys.nbytes + self.values.nbytes + self.hidden.nbytes
+
+    def __getitem__(self, rows: slice | list[int] | Tensor) -> Cache:
+        """Some rows, in any order and as often as wanted."""
+        return Cache(*[x[rows] for x in vars(self).values()])
+
+    def select(self, keep: Tensor | None) -> Cache:
+        """Only some columns. keep: (S,) bool; None keeps all."""
+        if keep is None:
+            return self
+        *columns, next_position = vars(self).values()
+        return Cache(*[x[:, keep] for x in columns], next_position)
+
+    @staticmethod
+    def cat(caches: list[Cache]) -> Cache:
+        """Join batches of prompts into one. Shorter ones get padding behind them."""
+        length = max(cache.length for cache in caches)
+        joined = []
+        for name in vars(caches[0]):
+            parts = [getattr(cache, name) for cache in caches]
+            if name != "next_position":
+                parts = [add_columns(x, length - x.shape[1]) for x in parts]
+            joined.append(torch.cat(parts))
+        return Cache(*joined)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Cache:
+        """On a device; keys, values and hidden states in a dtype."""
+        moved = []
+        for x in vars(self).values():
+            moved.append(x.to(device, dtype if x.is_floating_point() else x.dtype))
+        return Cache(*moved)
+
+    def with_room(self, columns: int) -> list[KeysValues]:
+        """For every layer, copies of keys and values (B, S + columns, H_kv, K)."""
+        keys = [add_columns(k, columns) for k in self.keys.unbind(2)]
+        values = [add_columns(v, columns) for v in self.values.unbind(2)]
+        return list(zip(keys, values))
+
+    def positions_behind(self, attention_mask: Tensor) -> Tensor:
+        """Count on from here; padding does not count. attention_mask: (B, T). Returns (B, T)."""
+        return self.next_position + attention_mask.cumsum(dim=1) - 1
+
+
+def add_columns(x: Tensor, n: int) -> Tensor:
+    """(B, S, ...) -> (B, S + n, ...), the new columns zero."""
+    return torch.cat([x, x.new_zeros(len(x), n, *x.shape[2:])], dim=1)
+
+
+def append(past: KeysValues, k: Tensor, v: Tensor, end: int) -> KeysValues:
+    """Write a layer's new keys and values (B, T, H, K) before column `end`, and return all."""
+    keys, values = past
+    start = end - k.shape[1]
+    keys[:, start:end] = k
+    values[:, start:end] = v
+    return keys[:, :end], values[:, :end]
+
+
+def causal_mask(cached: Tensor, attention_mask: Tensor) -> Tensor:
+    """Every token sees those before it that are not padding, and itself.
+
+    cached: (B, S) bool, attention_mask: (B, T) bool. Returns (B, 1, T, S + T) bool.
+    """
+    T = attention_mask.shape[1]
+    before = torch.ones(T, T, dtype=torch.bool, device=cached.device).tril()
+    itself = torch.eye(T, dtype=torch.bool, device=cached.device)
+    new = before & attention_mask[:, None, :] | itself  # (B, T, T)
     return torch.cat([cached[:, None, :].expand(-1, T, -1), new], dim=2)[:, None]
 
 
-def sample(logits: Tensor, temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-    """Choose the next tokens. logits: (B, V). Returns (B,) int64: the likeliest, or, if `temperature` > 0, drawn from the
-    likeliest tokens that together have probability `top_p` (nucleus sampling, Holtzman et al. 2020)."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    p, token = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)    # (B, V)
-    p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0.0)                 # the likeliest always stays
-    return token.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
+# ---- Answering ----
+
+
+def generate_tokens(
+    next_logits: Callable[[Tensor, int], Tensor],
+    tokens: Tensor,
+    max_new_tokens: int,
+    eos_id: int | None,
+) -> list[list[int]]:
+    """The loop that answers, until every row has met `eos_id`. Returns B lists of new tokens.
+
+    next_logits(new (B, T), start) -> (B, V): what follows new tokens, before which `start` others
+    stand. It is called with all of `tokens` (prefill), then with one new token a row (decode).
+    """
+    answers: list[list[int]] = [[] for _ in tokens]
+    done = [False] * len(tokens)
+    start = 0
+    for _ in range(max_new_tokens):
+        if all(done):
+            break
+        new = next_logits(tokens, start).argmax(dim=-1)  # (B,)
+        start += tokens.shape[1]
+        tokens = new[:, None]
+        for row, token in enumerate(new.tolist()):
+            done[row] = done[row] or token == eos_id
+            if not done[row]:
+                answers[row].append(token)
+    return answers
+
+
+# ---- The shape of a model, and how others write it down ----
+
+# Our names -> Hugging Face's, of a configuration's whole numbers and of the tensors (N: the layer).
+HF_CONFIG = {
+    "vocab_size": "vocab_size",
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "d_ff": "intermediate_size",
+}
+HF_NAMES = {
+    "embedding": "model.embed_tokens",
+    "layers.N.attention_norm": "model.layers.N.input_layernorm",
+    "layers.N.attention.wq": "model.layers.N.self_attn.q_proj",
+    "layers.N.attention.wk": "model.layers.N.self_attn.k_proj",
+    "layers.N.attention.wv": "model.layers.N.self_attn.v_proj",
+    "layers.N.attention.wo": "model.layers.N.self_attn.o_proj",
+    "layers.N.ffn_norm": "model.layers.N.post_attention_layernorm",
+    "layers.N.feed_forward.w1": "model.layers.N.mlp.gate_proj",
+    "layers.N.feed_forward.w2": "model.layers.N.mlp.down_proj",
+    "layers.N.feed_forward.w3": "model.layers.N.mlp.up_proj",
+    "norm": "model.norm",
+    "output": "lm_head",
+}
+META_NAMES = {"embedding": "tok_embeddings"}  # ours are Meta's otherwise
+
+# fmt: off
+LLAMA3_SCALING = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                      original_max_position_embeddings=8192)
+PRESETS = {
+    "llama-tiny": dict(),
+    "llama-7b": dict(vocab_size=32000, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32,
+                     head_dim=128, d_ff=11008, norm_eps=1e-6, tie_embeddings=False),
+    "smollm2-135m": dict(vocab_size=49152, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3,
+                         head_dim=64, d_ff=1536, rope_theta=100_000.0),
+}
+# fmt: on
+
+
+@dataclass
+class LlamaConfig:
+    """The shape of a model; ValueError if there can be no such model.
+
+    The defaults are the small model that learns the built-in instructions.
+    """
+
+    vocab_size: int = 512
+    d_model: int = 128
+    n_layers: int = 4
+    n_heads: int = 8
+    n_kv_heads: int = 8
+    head_dim: int = 16
+    d_ff: int = 384
+    rope_theta: float = 10_000.0
+    rope_scaling: dict | None = None  # LLaMA 3.1's: see LLAMA3_SCALING
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True  # the embedding is the output head
+
+    hf_names = HF_NAMES
+    meta_names = META_NAMES
+
+    def __post_init__(self):
+        check_whole_numbers(self, HF_CONFIG)
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"{self.n_heads} heads cannot share {self.n_kv_heads} key-value heads")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}, but rotary positions turn pairs")
+        for number in (self.rope_theta, self.norm_eps, *(self.rope_scaling or {}).values()):
+            if not 0 < number < math.inf:
+                raise ValueError(f"rope_theta, rope_scaling or the norm's eps is {number}")
+
+    @classmethod
+    def from_name(cls, name: str, **changes) -> LlamaConfig:
+        """A preset of PRESETS; `changes` override its fields. KeyError if it is not there."""
+        return cls(**{**PRESETS[name], **changes})
+
+    @classmethod
+    def from_hf(cls, raw: dict) -> LlamaConfig:
+        """From a config.json, whose older kinds have `rope_scaling`, newer `rope_parameters`.
+
+        Raises ValueError, KeyError or TypeError for what is not supported.
+        """
+        rope = {"rope_theta": raw.get("rope_theta", 10_000.0)}
+        rope |= raw.get("rope_scaling") or {}
+        rope |= raw.get("rope_parameters") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        activation = raw.get("hidden_act", "silu")
+        if kind not in ("default", "llama3") or activation != "silu":
+            raise ValueError(f"rotary type {kind} and hidden_act {activation} are not supported")
+        heads = raw["num_attention_heads"]
+        raw = {"num_key_value_heads": heads} | raw
+        if raw.get("head_dim") is None:
+            raw = raw | {"head_dim": raw["hidden_size"] // heads}
+        return cls(
+            **{ours: raw[theirs] for ours, theirs in HF_CONFIG.items()},
+            rope_theta=float(rope["rope_theta"]),
+            rope_scaling={key: rope[key] for key in LLAMA3_SCALING} if kind == "llama3" else None,
+            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            tie_embeddings=raw.get("tie_word_embeddings") is True,
+        )
+
+    def to_hf(self) -> dict:
+        """The config.json, which older and newer versions of `transformers` read."""
+        scaling = self.rope_scaling
+        return {theirs: getattr(self, ours) for ours, theirs in HF_CONFIG.items()} | {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_act": "silu",
+            "rms_norm_eps": self.norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": None if scaling is None else {"rope_type": "llama3", **scaling},
+            "tie_word_embeddings": self.tie_embeddings,
+        }
+
+    @classmethod
+    def from_meta(cls, raw: dict, vocab_size: int, d_ff: int) -> LlamaConfig:
+        """From Meta's params.json, which leaves two widths to the tensors. Raises as `from_hf`."""
+        in_hf = {
+            "vocab_size": vocab_size,
+            "hidden_size": raw["dim"],
+            "num_hidden_layers": raw["n_layers"],
+            "num_attention_heads": raw["n_heads"],
+            "num_key_value_heads": raw.get("n_kv_heads") or raw["n_heads"],
+            "intermediate_size": d_ff,
+            "rope_theta": raw.get("rope_theta", 10_000.0),
+            "rms_norm_eps": raw["norm_eps"],
+        }
+        if raw.get("use_scaled_rope"):
+            in_hf["rope_scaling"] = LLAMA3_SCALING
+        return cls.from_hf(in_hf)
+
+
+def check_whole_numbers(config: object, names: dict[str, str]) -> None:
+    """Raises ValueError, with the other name, if a field is no positive whole number."""
+    for ours, theirs in names.items():
+        value = getattr(config, ours)
+        if type(value) is not int or value <= 0:
+            raise ValueError(f"{theirs} is {value}, expected a positive whole number")
+
+
+# ---- Few rows on a CPU ----
+
+
+class Linear(nn.Linear):
+    """x W', without bias."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W'. On a CPU, few rows, as in decoding, are far faster as (W x')'; one row goes twice."""
+    rows = x.reshape(-1, x.shape[-1])  # (R, n_in)
+    n = len(rows)
+    few = n <= 128 and x.device.type == "cpu" and x.dtype == torch.float32
+    if not few or torch.is_grad_enabled():
+        return F.linear(x, weight)
+    if n == 1:
+        rows = rows.repeat(2, 1)
+    return (weight @ rows.mT)[:, :n].mT.reshape(*x.shape[:-1], len(weight))

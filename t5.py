@@ -3,21 +3,32 @@
     x = embed(source)
     for every encoder layer:   x = x + attention(norm(x));   x = x + feed_forward(norm(x))
     y = embed(start, target)
-    for every decoder layer:   y = y + attention(norm(y));   y = y + attention(norm(y), norm(x));   y = y + feed_forward(norm(y))
+    for every decoder layer:   y = y + attention(norm(y));   y = y + attention(norm(y), norm(x));
+                               y = y + feed_forward(norm(y))
     logits = output(norm(y))
 
-A token does not know where it stands. Instead, attention adds a learned bias for the distance between query and key, one
-for every head and every bucket of distances; all layers of a stack share the table. Attention is not scaled by 1/sqrt(K).
-Raffel et al. 2020, arXiv 1910.10683. Two versions are in use: 1.0 (ReLU; the head is the embedding, and the logits are
-scaled) and 1.1, which FLAN-T5 continues (gated GELU; a head of its own). The paper's encoder-decoder is FLAN-T5-XXL.
+A token does not know where it stands. Instead, attention adds a learned bias for the distance
+between query and key, one for every head and every bucket of distances; all layers of a stack share
+the table. Attention is not scaled by 1/sqrt(K). Raffel et al. 2020, arXiv 1910.10683. Two versions
+are in use: 1.0 (ReLU; the head is the embedding, and the logits are scaled) and 1.1, which FLAN-T5
+continues (gated GELU; a head of its own). The paper's encoder-decoder is FLAN-T5-XXL.
+
+There is no dropout. T5's own training, and the paper's, drops a tenth of all activations.
 
 Nothing here knows what a gist is for, as in model.py. What is special to an encoder-decoder:
-- gisting masks the encoder (the input does not see the prompt) and the cross-attention (the decoder does not, either);
-- a compressed prompt is a cache of the *encoder*, and the hidden states that the decoder's cross-attention would have read;
-- no prompt token may see the input, or nothing of the prompt could be computed before the input is there.
+- gisting masks the encoder (the input does not see the prompt) and the cross-attention (nor does
+  the decoder);
+- a compressed prompt is a cache of the *encoder*, and the hidden states that the decoder's
+  cross-attention would have read;
+- no prompt token may see the input, or nothing of the prompt could be computed before the input is
+  there.
 
-Letters of the shapes: B batch, T sequence, S keys, H heads, D model width, K head width, V vocabulary, L layers.
+Letters of the shapes: B batch, T sequence, S keys, H heads, D model width, K head width,
+V vocabulary, L layers.
 """
+
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 
@@ -25,73 +36,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import IGNORE, Cache, Linear, RMSNorm, locate_gist, sample
-
-KeysValues = tuple[Tensor, Tensor]       # two of (B, H, S, K)
-
-
-@dataclass
-class T5Config:
-    """The shape of a model. The defaults are the small model that learns the built-in instructions."""
-    vocab_size: int = 1200
-    d_model: int = 128
-    n_layers: int = 3              # of the encoder
-    n_decoder_layers: int = 3
-    n_heads: int = 8
-    head_dim: int = 16             # T5's d_kv; n_heads * head_dim need not be d_model
-    d_ff: int = 256
-    n_buckets: int = 32
-    max_distance: int = 128        # from here on, all distances are one bucket
-    gated: bool = True             # the feed-forward: tanh-GELU with a gate (1.1, FLAN), or ReLU (1.0)
-    tie_embeddings: bool = False   # the output head is the embedding, and logits are scaled by d_model^-0.5 (1.0)
-    norm_eps: float = 1e-6
-    start_id: int = 0              # the decoder's first input; T5 uses its padding token
-
-    @classmethod
-    def from_name(cls, name: str, **changes) -> "T5Config":
-        """A preset of PRESETS by its name; `changes` override its fields. Raises KeyError for a name that is not there."""
-        return cls(**{**PRESETS[name], **changes})
+from model import (
+    IGNORE_INDEX,
+    Cache,
+    KeysValues,
+    Linear,
+    RMSNorm,
+    append,
+    check_whole_numbers,
+    generate_tokens,
+    linear,
+)
 
 
-V1_0 = dict(vocab_size=32128, gated=False, tie_embeddings=True)
-V1_1 = dict(vocab_size=32128, gated=True, tie_embeddings=False)
-PRESETS = {
-    "t5-tiny": dict(),
-    "t5-small": dict(V1_0, d_model=512, n_layers=6, n_decoder_layers=6, n_heads=8, head_dim=64, d_ff=2048),
-    "t5-base": dict(V1_0, d_model=768, n_layers=12, n_decoder_layers=12, n_heads=12, head_dim=64, d_ff=3072),
-    "t5-large": dict(V1_0, d_model=1024, n_layers=24, n_decoder_layers=24, n_heads=16, head_dim=64, d_ff=4096),
-    "t5-3b": dict(V1_0, d_model=1024, n_layers=24, n_decoder_layers=24, n_heads=32, head_dim=128, d_ff=16384),
-    "t5-11b": dict(V1_0, d_model=1024, n_layers=24, n_decoder_layers=24, n_heads=128, head_dim=128, d_ff=65536),
-    "flan-t5-small": dict(V1_1, d_model=512, n_layers=8, n_decoder_layers=8, n_heads=6, head_dim=64, d_ff=1024),
-    "flan-t5-base": dict(V1_1, d_model=768, n_layers=12, n_decoder_layers=12, n_heads=12, head_dim=64, d_ff=2048),
-    "flan-t5-large": dict(V1_1, d_model=1024, n_layers=24, n_decoder_layers=24, n_heads=16, head_dim=64, d_ff=2816),
-    "flan-t5-xl": dict(V1_1, d_model=2048, n_layers=24, n_decoder_layers=24, n_heads=32, head_dim=64, d_ff=5120),
-    "flan-t5-xxl": dict(V1_1, d_model=4096, n_layers=24, n_decoder_layers=24, n_heads=64, head_dim=64, d_ff=10240),
-}
+def relative_buckets(
+    relative_position: Tensor, bidirectional: bool, n_buckets: int, max_distance: int
+) -> Tensor:
+    """The bucket of every distance: fine for near keys, coarse for far ones. Raffel et al., 2.1.
 
+        bucket(d) = d                                                                     d < E
+                    min(N - 1, E + floor((N - E) log(d / E) / log(max_distance / E)))     d >= E
 
-def relative_buckets(relative_position: Tensor, bidirectional: bool, n_buckets: int, max_distance: int) -> Tensor:
-    """The bucket of every distance: fine for near keys, coarse for far ones. Raffel et al. 2020, section 2.1.
-
-        bucket(d) = d                                                                   d < E, with E = N / 2
-                    min(N - 1, E + floor((N - E) log(d / E) / log(max_distance / E)))   otherwise
-
-    relative_position: int64 of any shape, the key's position minus the query's. In a decoder N = n_buckets, d = how far the key
-    lies back, and keys ahead count as 0. An encoder (bidirectional) has N = n_buckets / 2 for keys behind or at the query, and as
-    many for keys ahead. Returns int64 in [0, n_buckets).
+    relative_position: int64 of any shape, the key's position minus the query's. In a decoder N =
+    n_buckets, E = N / 2, d = how far the key lies back, and keys ahead count as 0. An encoder
+    (bidirectional) has N = n_buckets / 2 for keys behind or at the query, and as many for keys
+    ahead. Returns int64 in [0, n_buckets).
     """
     n = n_buckets // 2 if bidirectional else n_buckets
     exact = n // 2
-    # Bucket i begins at starts[i - 1]. As whole numbers they are the same on every device; logarithms at the edges may not be.
-    starts = [*range(1, exact)]
-    starts += [math.ceil(exact * (max_distance / exact) ** (i / (n - exact)) - 1e-9) for i in range(n - exact)]
-    distance = relative_position.abs() if bidirectional else (-relative_position).clamp(min=0)
-    bucket = torch.bucketize(distance, torch.tensor(starts, device=distance.device), right=True)
-    return bucket + n * (relative_position > 0) if bidirectional else bucket
+    # Bucket i begins at starts[i - 1]. Whole numbers are the same on every device; logarithms at
+    # the edges may not be.
+    starts = list(range(1, exact))
+    for i in range(n - exact):
+        starts.append(math.ceil(exact * (max_distance / exact) ** (i / (n - exact)) - 1e-9))
+    starts = torch.tensor(starts, device=relative_position.device)
+    if not bidirectional:
+        return torch.bucketize((-relative_position).clamp(min=0), starts, right=True)
+    bucket = torch.bucketize(relative_position.abs(), starts, right=True)
+    return torch.where(relative_position > 0, bucket + n, bucket)
 
 
 class Attention(nn.Module):
-    """softmax(q k' + bias) v. Keys and values are computed apart, as those of a cross-attention are computed only once."""
+    """softmax(q k' + bias) v. A cross-attention computes keys and values once for all tokens."""
 
     def __init__(self, c: T5Config):
         super().__init__()
@@ -102,14 +88,15 @@ class Attention(nn.Module):
         self.wo = Linear(c.n_heads * c.head_dim, c.d_model)
 
     def keys_values(self, x: Tensor) -> KeysValues:
-        k = self.wk(x).unflatten(-1, self.heads).transpose(1, 2)          # (B, H, S, K)
-        v = self.wv(x).unflatten(-1, self.heads).transpose(1, 2)          # (B, H, S, K)
-        return k, v
+        """x: (B, S, D). Returns two of (B, S, H, K)."""
+        return self.wk(x).unflatten(-1, self.heads), self.wv(x).unflatten(-1, self.heads)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        q = self.wq(x).unflatten(-1, self.heads).transpose(1, 2)          # (B, H, T, K)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)     # (B, H, T, K)
-        return self.wo(out.transpose(1, 2).flatten(2))                    # (B, T, D)
+        """x: (B, T, D); k, v: (B, S, H, K); bias: (B or 1, H or 1, T or 1, S)."""
+        q = self.wq(x).unflatten(-1, self.heads)  # (B, T, H, K)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H, T or S, K)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        return self.wo(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 class FeedForward(nn.Module):
@@ -128,7 +115,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, in a decoder cross-attention, and feed-forward, each behind a norm and beside a residual path."""
+    """One layer: attention, in a decoder cross-attention, and feed-forward.
+
+    Each stands behind a norm and beside a residual path.
+    """
 
     def __init__(self, c: T5Config, decoder: bool):
         super().__init__()
@@ -140,17 +130,21 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(c.d_model, c.norm_eps)
         self.feed_forward = FeedForward(c)
 
-    def forward(self, x: Tensor, bias: Tensor, past: KeysValues | None, memory: KeysValues | None, cross: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor,
+        past: KeysValues | None,
+        memory: KeysValues | None,
+        cross_mask: Tensor | None,
+    ) -> Tensor:
         h = self.attention_norm(x)
-        k, v = self.attention.keys_values(h)                              # (B, H, T, K)
-        if past is not None:                                              # write the new columns, read all of them
-            T, S = bias.shape[-2:]
-            past[0][:, :, S - T:S] = k
-            past[1][:, :, S - T:S] = v
-            k, v = past[0][:, :, :S], past[1][:, :, :S]                   # (B, H, S, K)
+        k, v = self.attention.keys_values(h)  # (B, T, H, K)
+        if past is not None:
+            k, v = append(past, k, v, bias.shape[-1])  # (B, S, H, K)
         x = x + self.attention(h, k, v, bias)
         if memory is not None:
-            x = x + self.cross_attention(self.cross_norm(x), *memory, cross)
+            x = x + self.cross_attention(self.cross_norm(x), *memory, cross_mask)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -159,31 +153,46 @@ class Stack(nn.Module):
 
     def __init__(self, c: T5Config, n_layers: int, decoder: bool):
         super().__init__()
-        self.decoder, self.n_buckets, self.max_distance = decoder, c.n_buckets, c.max_distance
-        self.relative_bias = nn.Embedding(c.n_buckets, c.n_heads)
+        self.decoder = decoder
+        self.n_buckets = c.n_buckets
+        self.max_distance = c.max_distance
+        empty = torch.empty(c.n_buckets, c.n_heads)
+        self.relative_bias = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(Block(c, decoder) for _ in range(n_layers))
         self.norm = RMSNorm(c.d_model, c.norm_eps)
 
     def bias(self, positions: Tensor, T: int) -> Tensor:
-        """What attention adds for the distance of every pair. positions: (B, S), the last T are the queries'. Returns (B, H, T, S)."""
-        distance = positions[:, None, :] - positions[:, -T:, None]        # (B, T, S)
+        """What attention adds for the distance of every query and key, (B, H, T, S).
+
+        positions: (B, S) int64 of the keys; the last T are those of the queries.
+        """
+        distance = positions[:, None, :] - positions[:, -T:, None]  # (B, T, S)
         buckets = relative_buckets(distance, not self.decoder, self.n_buckets, self.max_distance)
         return self.relative_bias(buckets).permute(0, 3, 1, 2)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None = None, past: KeysValues | None = None,
-                memory: list[KeysValues] | None = None, cross: Tensor | None = None) -> Tensor:
-        """The last layer's output after the final norm: (B, T, D).
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        past: list[KeysValues] | None = None,
+        memory: list[KeysValues] | None = None,
+        cross_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The last layer's output after the final norm, (B, T, D).
 
-        x: (B, T, D), embedded tokens. positions: (B or 1, S) int64 of all keys: the S - T columns of `past` that are filled, then the
-        T new ones. mask: bool, True = may attend, broadcast to (B, 1, T, S); None = all of it. past: keys and values of earlier tokens
-        (L, B, H, room, K), into which the new ones are written. memory: for each decoder layer, keys and values of the encoder's
-        output; cross: (B, 1, 1, S) bool, which of them the decoder may see.
+        x: (B, T, D), embedded tokens. positions: (B or 1, S) int64 of all keys, the T new ones
+        last. mask: bool, True = may attend, broadcast to (B, 1, T, S). past: for every layer, keys
+        and values with room for those of the new tokens, which are written into them. memory: for
+        every decoder layer, keys and values of the encoder's output; cross_mask: (B, 1, 1, S')
+        bool, which of them the decoder may see.
         """
-        bias = self.bias(positions, x.shape[1])                           # (B or 1, H, T, S)
-        if mask is not None:
-            bias = bias.masked_fill(~mask, -math.inf)
+        bias = self.bias(positions, x.shape[1])  # (B or 1, H, T, S)
+        bias = bias.masked_fill(~mask, -math.inf)
         for i, layer in enumerate(self.layers):
-            x = layer(x, bias, past and (past[0][i], past[1][i]), memory and memory[i], cross)
+            layer_past = None if past is None else past[i]
+            layer_memory = None if memory is None else memory[i]
+            x = layer(x, bias, layer_past, layer_memory, cross_mask)
         return self.norm(x)
 
 
@@ -193,126 +202,302 @@ class T5(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        empty = torch.empty(config.vocab_size, config.d_model)  # nn.Embedding alone would fill it
+        self.embedding = nn.Embedding.from_pretrained(empty, freeze=False)
         self.encoder = Stack(config, config.n_layers, decoder=False)
         self.decoder = Stack(config, config.n_decoder_layers, decoder=True)
-        self.output = Linear(config.d_model, config.vocab_size)
-        if config.tie_embeddings:
-            self.output.weight = self.embedding.weight
+        self.output = None  # the embedding is the output head
+        if not config.tie_embeddings:
+            self.output = Linear(config.d_model, config.vocab_size)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Random weights for training from scratch, T5's own: normal with deviation 1/sqrt(inputs), embeddings 1.
+        """Random weights to train from scratch, T5's own: normal with std 1/sqrt(inputs).
 
-        Queries start smaller by sqrt(K), which stands in for the scaling of attention.
+        Embeddings have std 1. Queries start smaller by sqrt(K), in place of scaled attention.
         """
         for name, weight in self.named_parameters():
             if weight.ndim == 1:
                 weight.fill_(1.0)
                 continue
-            std = self.config.d_model ** -0.5 if "relative_bias" in name else weight.shape[1] ** -0.5
-            if weight is self.embedding.weight:
+            std = weight.shape[1] ** -0.5
+            if name == "embedding.weight":
                 std = 1.0
+            elif "relative_bias" in name:
+                std = self.config.d_model**-0.5
             elif name.endswith("wq.weight"):
-                std *= self.config.head_dim ** -0.5
+                std *= self.config.head_dim**-0.5
             weight.normal_(0.0, std, generator=generator)
 
-    def read(self, source: Tensor, mask: Tensor | None = None, cross: Tensor | None = None, valid: Tensor | None = None,
-             positions: Tensor | None = None, cache: Cache | None = None) -> tuple[list[KeysValues], Tensor]:
-        """All that comes before the decoder. Arguments as in `forward`.
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: (..., D), the decoder's output. Returns (..., V)."""
+        if self.output is None:
+            return linear(hidden * self.config.d_model**-0.5, self.embedding.weight)
+        return self.output(hidden)
 
-        Returns its memory, keys and values (B, H, S, K) of the source (behind those of the cache) for every decoder layer, and which
-        of them it may see, (B, 1, 1, S) bool.
+    def encode(
+        self,
+        source: Tensor,
+        attention_mask: Tensor,
+        mask: Tensor | None,
+        cross_mask: Tensor | None,
+        positions: Tensor | None,
+        cache: Cache | None,
+    ) -> tuple[list[KeysValues], Tensor]:
+        """All that comes before the decoder. Arguments as in `generate`.
+
+        Returns its memory, keys and values (B, S, H, K) of the cache and the source for every
+        decoder layer, and which of them it may see, (B, 1, 1, S) bool.
         """
-        valid = torch.ones_like(source, dtype=torch.bool) if valid is None else valid
-        past = None
-        if cache is None:
-            positions = torch.arange(source.shape[1], device=source.device)[None] if positions is None else positions
-        else:
-            positions = cache.next_position() + valid.cumsum(dim=1) - 1 if positions is None else positions
-            positions = torch.cat([cache.positions, positions], dim=1)    # (B, S)
-            valid = torch.cat([cache.valid, valid], dim=1)                # (B, S)
-            room = cache.with_room(source.shape[1])
-            past = room.keys, room.values
-        all_valid = valid[:, None, None]                                  # (B, 1, 1, S)
-        hidden = self.encoder(self.embedding(source), positions, all_valid if mask is None else mask, past)     # (B, T, D)
-        if cache is not None:
-            hidden = torch.cat([cache.hidden, hidden], dim=1)             # (B, S, D)
-        return [layer.cross_attention.keys_values(hidden) for layer in self.decoder.layers], all_valid if cross is None else cross
+        past = None if cache is None else cache.with_room(source.shape[1])
+        cache = self.empty_cache(len(source)) if cache is None else cache
+        if positions is None:
+            positions = cache.positions_behind(attention_mask)
+        positions = torch.cat([cache.positions, positions], dim=1)  # (B, S)
+        not_padding = torch.cat([cache.attention_mask, attention_mask], dim=1)[:, None, None]
+        mask = not_padding if mask is None else mask
+        cross_mask = not_padding if cross_mask is None else cross_mask
+        hidden = self.encoder(self.embedding(source), positions, mask, past)  # (B, T, D)
+        hidden = torch.cat([cache.hidden, hidden], dim=1)  # (B, S, D)
+        memory = [layer.cross_attention.keys_values(hidden) for layer in self.decoder.layers]
+        return memory, cross_mask
 
-    def logits(self, x: Tensor) -> Tensor:
-        """x: (..., D), the decoder's output. Returns (..., V)."""
-        return self.output(x * self.config.d_model ** -0.5 if self.config.tie_embeddings else x)
-
-    def hidden(self, source: Tensor, target: Tensor, *args, **kwargs) -> Tensor:
-        """The decoder's output, (B, T, D). Arguments as in `forward`."""
-        memory, cross = self.read(source, *args, **kwargs)
+    def hidden(self, target: Tensor, memory: list[KeysValues], cross_mask: Tensor) -> Tensor:
+        """The decoder's output, (B, T, D), for a whole target (B, T)."""
         T = target.shape[1]
+        positions = torch.arange(T, device=target.device)[None]
         causal = torch.ones(T, T, dtype=torch.bool, device=target.device).tril()
-        return self.decoder(self.embedding(target), torch.arange(T, device=target.device)[None], causal, None, memory, cross)
+        x = self.embedding(target)
+        return self.decoder(x, positions, causal, None, memory, cross_mask)
 
-    def forward(self, source: Tensor, target: Tensor, mask: Tensor | None = None, cross: Tensor | None = None,
-                valid: Tensor | None = None, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        source: Tensor,
+        target: Tensor,
+        mask: Tensor | None = None,
+        cross_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """Logits (B, T, V) of the next token at every place of the target.
 
-        source: (B, S) int64. target: (B, T) int64, the decoder's input, `config.start_id` first. mask: (B, 1, S, S) bool, which key a
-        source token may attend to; cross: (B, 1, 1, S) bool, which source tokens the decoder sees; None = all that are valid. valid: (B, S)
-        bool, False on padding; None = all. positions: (B, S) int64, may be negative; None counts on from the cache, or from 0. cache:
-        what was read before (`compress`), it is not changed; source follows it, and mask (B, 1, T, S) and cross then have the cache's columns first.
+        target: (B, T) int64, the decoder's input, `config.start_id` first. The rest as in
+        `generate`.
         """
-        return self.logits(self.hidden(source, target, mask, cross, valid, positions, cache))
+        if attention_mask is None:
+            attention_mask = torch.ones_like(source, dtype=torch.bool)
+        encoded = self.encode(source, attention_mask, mask, cross_mask, positions, cache)
+        return self.logits(self.hidden(target, *encoded))
 
-    def loss(self, source: Tensor, targets: Tensor, mask: Tensor | None = None, cross: Tensor | None = None,
-             positions: Tensor | None = None) -> Tensor:
-        """Cross-entropy in nats, summed over the labels. targets: (B, T) int64, the tokens to predict, then IGNORE. The rest as in `forward`."""
-        labelled = targets != IGNORE                                      # (B, T)
-        target = F.pad(targets[:, :-1], (1, 0), value=self.config.start_id)     # the decoder reads one token behind what it predicts
-        x = self.hidden(source, target.clamp(min=0), mask, cross, positions=positions)     # (B, T, D)
-        return F.cross_entropy(self.logits(x[labelled]).float(), targets[labelled], reduction="sum")
+    def loss(
+        self,
+        source: Tensor,
+        targets: Tensor,
+        mask: Tensor | None = None,
+        cross_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy in nats, summed over the labels.
 
-    def room(self, n_layers: int, batch: int, columns: int) -> KeysValues:
-        """Where to write keys and values: two of (L, B, H, columns, K), not filled."""
-        shape = (n_layers, batch, self.config.n_heads, columns, self.config.head_dim)
-        return self.output.weight.new_empty(shape), self.output.weight.new_empty(shape)
+        targets: (B, T) int64, the tokens to predict, then IGNORE_INDEX. The rest as in `generate`.
+        """
+        no_padding = torch.ones_like(source, dtype=torch.bool)
+        encoded = self.encode(source, no_padding, mask, cross_mask, positions, None)
+        # The decoder reads what it has to predict, one place later.
+        target = F.pad(targets[:, :-1], (1, 0), value=self.config.start_id).clamp(min=0)
+        is_label = targets != IGNORE_INDEX  # (B, T)
+        logits = self.logits(self.hidden(target, *encoded)[is_label]).float()  # (labels, V)
+        return F.cross_entropy(logits, targets[is_label], reduction="sum")
+
+    def empty_cache(self, batch: int) -> Cache:
+        c = self.config
+        heads = (c.n_layers, c.n_heads, c.head_dim)
+        return Cache.empty(batch, heads, c.d_model, self.embedding.weight)
 
     @torch.no_grad()
-    def compress(self, source: Tensor, gist_id: int, valid: Tensor | None = None, keep: str = "gist", first: int = 0) -> Cache:
-        """Read prompts once, and keep what is needed to answer from them.
+    def compress(
+        self,
+        source: Tensor,
+        attention_mask: Tensor | None = None,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> Cache:
+        """Read prompts once, and keep some columns of the encoder to go on from.
 
-        source: (B, T) int64, prompt and gist tokens, nothing after them; every row has the same number of gist tokens. valid:
-        (B, T) bool, False on padding. first: the position of the first gist token, behind other prompts' (`Cache.join`).
-        keep="gist" keeps the gist's columns, and answers are those of the gist mask. keep="all" keeps every column: what follows, and
-        the decoder, see the whole prompt, which does not see what follows. That is not `pos_control`, under which the encoder's
-        prompt depends on the input, so that no cache of it could be exact.
+        As `Llama.compress`; mask: (B, 1, T, T) bool, None = all that is not padding. The cache is
+        exact if no token of the prompt would have seen what follows.
         """
-        valid = torch.ones_like(source, dtype=torch.bool) if valid is None else valid
-        positions, columns = locate_gist(source, gist_id, first)
-        past = self.room(self.config.n_layers, *source.shape)
-        hidden = self.encoder(self.embedding(source), positions, valid[:, None, None], past)
-        cache = Cache(*past, valid, positions, hidden)
-        return cache.select(columns) if keep == "gist" else cache
+        T = source.shape[1]
+        if attention_mask is None:
+            attention_mask = torch.ones_like(source, dtype=torch.bool)
+        mask = attention_mask[:, None, None] if mask is None else mask
+        cache = self.empty_cache(len(source))
+        if positions is None:
+            positions = cache.positions_behind(F.pad(attention_mask, (0, 1), value=True))
+        past = cache.with_room(T)
+        hidden = self.encoder(self.embedding(source), positions[:, :T], mask, past)
+        return Cache.from_layers(past, attention_mask, positions, hidden).select(keep)
 
     @torch.no_grad()
-    def generate(self, source: Tensor, valid: Tensor | None = None, mask: Tensor | None = None, cross: Tensor | None = None,
-                 positions: Tensor | None = None, cache: Cache | None = None, *, max_new_tokens: int = 256,
-                 eos_id: int | None = None, temperature: float = 0.0, top_p: float = 1.0,
-                 generator: torch.Generator | None = None) -> list[list[int]]:
-        """Answer every row, greedily unless `temperature` > 0. Returns B lists of the new tokens, without `eos_id`.
+    def generate(
+        self,
+        source: Tensor,
+        attention_mask: Tensor | None = None,
+        mask: Tensor | None = None,
+        cross_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        *,
+        max_new_tokens: int = 256,
+        eos_id: int | None = None,
+    ) -> list[list[int]]:
+        """Answer every row greedily. Returns B lists of the new tokens, without `eos_id`.
 
-        source: (B, T) int64, T >= 1, padded on either side; it and the rest as in `forward`. A row ends at `eos_id`, all at max_new_tokens.
+        source: (B, T) int64; attention_mask: (B, T) bool, False on padding; None = no padding.
+        cache: what was read before (`compress`); it is not changed. mask: (B, 1, T, S + T) bool,
+        which keys a source token may attend to, the S columns of the cache first; cross_mask:
+        (B, 1, 1, S + T) bool, which of them the decoder sees; None = all that are not padding.
+        positions: (B, T) int64, may be negative; None counts on from the cache, or from 0. A row
+        ends at `eos_id`, all of them after max_new_tokens.
         """
-        memory, cross = self.read(source, mask, cross, valid, positions, cache)
-        past = self.room(self.config.n_decoder_layers, len(source), max_new_tokens)
-        new = torch.full((len(source),), self.config.start_id, device=source.device)
-        answers, done = [[] for _ in source], torch.zeros(len(source), dtype=torch.bool)
-        for step in range(max_new_tokens):
-            so_far = torch.arange(step + 1, device=source.device)[None]   # (1, S)
-            x = self.decoder(self.embedding(new[:, None]), so_far, None, past, memory, cross)[:, 0]     # (B, D)
-            new = sample(self.logits(x), temperature, top_p, generator)   # (B,)
-            for i, token in enumerate(new.tolist()):
-                done[i] |= token == eos_id
-                if not done[i]:
-                    answers[i].append(token)
-            if done.all():
-                break
-        return answers
+        if attention_mask is None:
+            attention_mask = torch.ones_like(source, dtype=torch.bool)
+        encoded = self.encode(source, attention_mask, mask, cross_mask, positions, cache)
+        c = self.config
+        heads = (c.n_decoder_layers, c.n_heads, c.head_dim)
+        past = Cache.empty(len(source), heads, 0, self.embedding.weight).with_room(max_new_tokens)
+        so_far = torch.arange(max_new_tokens, device=source.device)[None]  # (1, N)
+        sees_all = torch.ones(1, 1, dtype=torch.bool, device=source.device)
+
+        def next_logits(new: Tensor, start: int) -> Tensor:
+            x = self.embedding(new)  # (B, 1, D)
+            x = self.decoder(x, so_far[:, : start + 1], sees_all, past, *encoded)
+            return self.logits(x[:, -1])
+
+        first = torch.full((len(source), 1), c.start_id, device=source.device)
+        return generate_tokens(next_logits, first, max_new_tokens, eos_id)
+
+
+# ---- The shape of a model, and how others write it down ----
+
+# Our names -> Hugging Face's, of a configuration's whole numbers and of the tensors (N: the layer).
+HF_CONFIG = {
+    "vocab_size": "vocab_size",
+    "d_model": "d_model",
+    "n_layers": "num_layers",
+    "n_decoder_layers": "num_decoder_layers",
+    "n_heads": "num_heads",
+    "head_dim": "d_kv",
+    "d_ff": "d_ff",
+    "n_buckets": "relative_attention_num_buckets",
+    "max_distance": "relative_attention_max_distance",
+}
+HF_NAMES = {"embedding": "shared", "output": "lm_head"}
+for stack, ffn in (("encoder", 1), ("decoder", 2)):  # ffn: which part of a layer it is
+    ours, theirs = f"{stack}.layers.N", f"{stack}.block.N.layer"
+    first = f"{stack}.block.0.layer.0.SelfAttention"
+    HF_NAMES[f"{stack}.relative_bias"] = f"{first}.relative_attention_bias"
+    HF_NAMES[f"{stack}.norm"] = f"{stack}.final_layer_norm"
+    HF_NAMES[f"{ours}.attention_norm"] = f"{theirs}.0.layer_norm"
+    HF_NAMES[f"{ours}.cross_norm"] = f"{theirs}.1.layer_norm"
+    HF_NAMES[f"{ours}.ffn_norm"] = f"{theirs}.{ffn}.layer_norm"
+    for x in "qkvo":
+        HF_NAMES[f"{ours}.attention.w{x}"] = f"{theirs}.0.SelfAttention.{x}"
+        HF_NAMES[f"{ours}.cross_attention.w{x}"] = f"{theirs}.1.EncDecAttention.{x}"
+    HF_NAMES[f"{ours}.feed_forward.w1"] = f"{theirs}.{ffn}.DenseReluDense.wi_0"  # 1.0: wi
+    HF_NAMES[f"{ours}.feed_forward.w2"] = f"{theirs}.{ffn}.DenseReluDense.wo"
+    HF_NAMES[f"{ours}.feed_forward.w3"] = f"{theirs}.{ffn}.DenseReluDense.wi_1"
+
+
+# fmt: off
+PRESETS = {
+    "t5-tiny": dict(),
+    "t5-small": dict(vocab_size=32128, d_model=512, n_layers=6, n_decoder_layers=6, n_heads=8,
+                     head_dim=64, d_ff=2048, gated=False, tie_embeddings=True),
+    "flan-t5-small": dict(vocab_size=32128, d_model=512, n_layers=8, n_decoder_layers=8, n_heads=6,
+                          head_dim=64, d_ff=1024),
+    "flan-t5-xxl": dict(vocab_size=32128, d_model=4096, n_layers=24, n_decoder_layers=24,
+                        n_heads=64, head_dim=64, d_ff=10240),
+}
+# fmt: on
+
+
+@dataclass
+class T5Config:
+    """The shape of a model; ValueError if there can be no such model.
+
+    The defaults are the small model that learns the built-in instructions.
+    """
+
+    vocab_size: int = 1200
+    d_model: int = 128
+    n_layers: int = 3  # of the encoder
+    n_decoder_layers: int = 3
+    n_heads: int = 8
+    head_dim: int = 16  # T5's d_kv; n_heads * head_dim need not be d_model
+    d_ff: int = 256
+    n_buckets: int = 32
+    max_distance: int = 128  # from here on, all distances are one bucket
+    gated: bool = True  # the feed-forward: tanh-GELU with a gate (1.1, FLAN), or ReLU (1.0)
+    tie_embeddings: bool = False  # 1.0: the embedding is the output head
+    norm_eps: float = 1e-6
+    start_id: int = 0  # the decoder's first input; T5 uses its padding token
+
+    def __post_init__(self):
+        check_whole_numbers(self, HF_CONFIG)
+        if type(self.start_id) is not int or not 0 <= self.start_id < self.vocab_size:
+            raise ValueError(f"decoder_start_token_id is {self.start_id}, expected a token's id")
+        if not 0 < self.norm_eps < math.inf:
+            raise ValueError(f"layer_norm_epsilon is {self.norm_eps}")
+        if self.n_buckets < 4 or self.max_distance <= self.n_buckets:
+            raise ValueError(f"{self.n_buckets} buckets cannot hold {self.max_distance} distances")
+
+    @property
+    def hf_names(self) -> dict[str, str]:
+        if self.gated:
+            return HF_NAMES
+        return {ours: theirs.replace("wi_0", "wi") for ours, theirs in HF_NAMES.items()}
+
+    @classmethod
+    def from_name(cls, name: str, **changes) -> T5Config:
+        """A preset of PRESETS; `changes` override its fields. KeyError if it is not there."""
+        return cls(**{**PRESETS[name], **changes})
+
+    @classmethod
+    def from_hf(cls, raw: dict) -> T5Config:
+        """From a config.json; newer ones call `scale_decoder_outputs` what tied the embeddings.
+
+        Raises ValueError, KeyError or TypeError for what is not supported.
+        """
+        kind = raw.get("feed_forward_proj", "relu")
+        if kind not in ("relu", "gated-gelu"):
+            raise ValueError(f"feed_forward_proj {kind} is not supported")
+        missing = {
+            "num_decoder_layers": raw["num_layers"],
+            "relative_attention_num_buckets": 32,
+            "relative_attention_max_distance": 128,
+            "decoder_start_token_id": 0,
+        }
+        raw = missing | {key: value for key, value in raw.items() if value is not None}
+        tied = raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings", True))
+        return cls(
+            **{ours: raw[theirs] for ours, theirs in HF_CONFIG.items()},
+            gated=kind == "gated-gelu",
+            tie_embeddings=tied is not False,
+            norm_eps=float(raw.get("layer_norm_epsilon", 1e-6)),
+            start_id=raw["decoder_start_token_id"],
+        )
+
+    def to_hf(self) -> dict:
+        """The config.json, which older and newer versions of `transformers` read."""
+        return {theirs: getattr(self, ours) for ours, theirs in HF_CONFIG.items()} | {
+            "model_type": "t5",
+            "architectures": ["T5ForConditionalGeneration"],
+            "is_encoder_decoder": True,
+            "layer_norm_epsilon": self.norm_eps,
+            "feed_forward_proj": "gated-gelu" if self.gated else "relu",
+            "tie_word_embeddings": self.tie_embeddings,
+            "decoder_start_token_id": self.start_id,
+        }

@@ -1,289 +1,207 @@
-"""Gist fine-tuning: ordinary instruction tuning, but for the attention mask.
+"""Gist fine-tuning: ordinary instruction tuning under a gist mask (the paper's section 3).
 
-    python train.py --n_gist 1                             # from scratch on the built-in instructions, minutes on a CPU
-    python train.py --n_gist 1 --init_from DIR --data DIR  # from a pretrained model, on real instructions
-    torchrun --nproc_per_node 4 train.py ...               # on several GPUs, each with a part of the model
+    python train.py --n_gist 1                             # random weights, built-in instructions
+    python train.py --n_gist 1 --init_from DIR --data DIR  # a pretrained model, real instructions
+    torchrun --nproc_per_node 4 train.py ...               # several GPUs, a part of it on each
 
-    loss = - sum log p(output token | what the mask lets it see) / number of output tokens          (the paper's section 3)
+    loss = - sum log p(output token | what the mask lets it see) / number of output tokens
 
-The gist tokens get no loss of their own: they learn to hold the prompt because the output cannot look past them. The two
-controls of the paper train the same way with other masks: `pos_control` sees the whole prompt, `neg_control` none of it. Its
-discrete baseline, `tfidf`, has no gist tokens: the prompt is shortened to its n_gist most informative words.
+The gist tokens get no loss of their own. They learn to hold the prompt because the output cannot
+look past them. The paper's controls train the same way under other masks (`--condition`). Its
+discrete baseline has no gist tokens: the instruction is cut down to its N words of highest TF-IDF,
+`--condition pos_control --n_gist 0 --tfidf N`.
 
-A run leaves its checkpoint (Hugging Face layout), train_log.jsonl, loss.png and train_state.pt (for --resume) in --out_dir;
-then eval.py answers every validation split.
+In a notebook, `train(Config(n_gist=1))` does what the command does, except for the evaluation.
+`fit` is the loop alone, for your own model, examples and loss.
+
+A run leaves its weights, configuration and tokenizer in out_dir (Hugging Face's layout), with
+train_log.jsonl, loss.png and a folder checkpoint-STEP from which --resume goes on. Then eval.py
+answers every validation split.
 """
+
+from __future__ import annotations
+
 import argparse
+import hashlib
+import inspect
 import json
 import math
 import os
-import shlex
+import pickle
+import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from itertools import count
+from itertools import accumulate
 from pathlib import Path
-from typing import Callable, Iterator
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # footgun: on a busy machine, threads that spin while they wait train ten times slower
+# Threads that spin while they wait make a busy machine ten times slower; those that never spin make
+# a quiet one 1.4 times slower. A short spin has both. OpenMP reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
 import gist_mask
-from model import IGNORE, Llama, LlamaConfig
+from data import DataError
+from model import IGNORE_INDEX, Llama, LlamaConfig
 from t5 import T5, T5Config
 
-# The paper's hyperparameters (section 4.1 and appendix A), for fine-tuning the pretrained model in --init_from.
-PRESETS = {
-    "llama-7b": dict(arch="llama", max_steps=3000, batch_size=128, optimizer="adamw", lr=2e-5, weight_decay=0.0, schedule="cosine", warmup=0.03,
-                     dtype="bfloat16", max_length=512),
-    "flan-t5-xxl": dict(arch="t5", max_steps=16000, batch_size=16, optimizer="adamw", lr=5e-5, weight_decay=0.0, schedule="constant", warmup=0.0,
-                        dtype="bfloat16", max_length=128, max_target=256),
-}
+# ---- The loss, a step, the loop ----
 
-
-# ---- Loss ----
 
 def batch_loss(model, batch: dict[str, Tensor], gist_id: int, condition: str) -> Tensor:
-    """The cross-entropy of a batch (see `data.collate`), in nats, summed over its labels."""
-    tokens, valid = batch["tokens"], batch["valid"]
-    condition = "pos_control" if condition == "tfidf" else condition      # nothing of the shortened prompt is hidden
+    """Cross-entropy of a batch's outputs, in nats, summed over its labels: a scalar.
+
+    batch: from `data.collate`, tokens (B, T) int64, attention_mask (B, T) bool, targets int64.
+    """
+    tokens, targets = batch["tokens"], batch["targets"]
+    segmented = (tokens, gist_id, condition, batch["attention_mask"])  # what a mask depends on
+    positions = gist_mask.positions(tokens, gist_id)  # (B, T)
     if isinstance(model, T5):
-        mask, cross = (make(tokens, gist_id, condition, valid) for make in (gist_mask.encoder_mask, gist_mask.cross_mask))
-        several = gist_mask.pairs(tokens, gist_id).max() > 1              # one gist needs no positions of its own: only differences count
-        return model.loss(tokens, batch["targets"], mask, cross, gist_mask.positions(tokens, gist_id) if several else None)
-    mask, positions = gist_mask.decoder_mask(tokens, gist_id, condition, valid), gist_mask.positions(tokens, gist_id)
-    return model.loss(tokens, batch["targets"], mask, positions)
+        mask = gist_mask.encoder_mask(*segmented)  # (B, 1, T, T)
+        cross_mask = gist_mask.cross_mask(*segmented)  # (B, 1, 1, T)
+        return model.loss(tokens, targets, mask, cross_mask, positions)
+    mask = gist_mask.decoder_mask(*segmented)  # (B, 1, T, T)
+    return model.loss(tokens, targets, mask, positions)
 
 
-def accumulate_gradients(model, examples: list[data.Example], tokenizer, args) -> float:
-    """Add the gradient of a batch's mean loss to the weights' .grad, --micro_batch examples at a time. Returns the loss, nats per label.
+def accumulate_gradients(model, examples, tokenizer, config, loss_function=batch_loss) -> float:
+    """Add the gradient of the mean loss of a label to the weights' .grad, a micro-batch at a time.
 
-    Every process takes its share of the examples, and returns its share of the loss. What it adds up is divided by the labels
-    of the whole batch, so how the batch is cut changes nothing.
+    Every process takes its share of the examples and returns its share of the loss. Each sum is
+    divided by the labels of the whole batch, so how the batch is cut changes nothing.
     """
     rank, world = rank_and_world()
-    labels, loss = sum(len(e.output) for e in examples), 0.0
-    mine, share = examples[rank::world], math.ceil(len(examples) / world)
-    size = args.micro_batch or share
-    for start in range(0, share, size):
-        part = mine[start:start + size]
-        batch = data.collate(part or examples[:1], tokenizer.pad_id, args.arch)
-        if not part:                                   # all processes compute together, even if one has nothing left to learn from
-            batch["targets"].fill_(IGNORE)
-        batch = {k: v.to(args.device) for k, v in batch.items()}
-        with torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            part_loss = batch_loss(model, batch, tokenizer.gist_id, args.condition) / labels
-        (part_loss * world).backward()                 # the processes' gradients are averaged, and a sum is wanted
-        loss = loss + part_loss.detach()               # stays on the device until it is whole
+    n_labels = max(1, sum(len(example.output) for example in examples))
+    share = examples[rank::world]
+    largest_share = math.ceil(len(examples) / world)
+    micro_batch = config.micro_batch or largest_share
+    device = torch.device(config.device)
+    loss = 0.0
+    for start in range(0, largest_share, micro_batch):
+        part = share[start : start + micro_batch]
+        batch = data.collate(part or examples[:1], tokenizer.pad_id, config.arch)
+        if not part:  # processes compute together, even if one has nothing left to learn from
+            batch["targets"].fill_(IGNORE_INDEX)
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        if world > 1:  # Gradients travel once, with the last micro-batch. Until then every process
+            # keeps whole ones, 4 bytes a parameter.
+            model.set_requires_gradient_sync(start + micro_batch >= largest_share)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            part_loss = loss_function(model, batch, tokenizer.gist_id, config.condition) / n_labels
+        (part_loss * world).backward()  # gradients are averaged over processes; we want their sum
+        loss += part_loss.detach()  # stays on the device until it is whole
     return loss.item()
 
 
-def layers_of(model) -> list[nn.Module]:
-    return [*model.encoder.layers, *model.decoder.layers] if isinstance(model, T5) else [*model.layers]
+def fit(model, tokenizer, examples, config, loss_function=batch_loss, out_dir=None) -> int | None:
+    """Train a model on a list of data.Example, to step config.max_steps.
 
+    config: as `fill_in` returns it. loss_function(model, batch, gist_id, condition): the loss of a
+    batch of `data.collate` in nats, summed over its labels. out_dir: a Path that is to keep the
+    log, a checkpoint every config.save_every steps, and the weights at the end; None: nothing is
+    written.
 
-def prepare_layers(model, args) -> None:
-    """Compile every layer, which takes a minute and makes steps faster; checkpoint its activations, which saves memory and takes time.
-
-    A checkpointed layer keeps only its input, and computes what is inside once more when the gradient comes back. All layers
-    share one compiled function, which takes batches of any length.
+    Ctrl-C and SIGTERM end the training with the step that they come in. Returns the signal's
+    number, else None. Raises DataError if loss or weights are no longer finite, or if out_dir does
+    not allow this run.
     """
-    for layer in layers_of(model):
-        if args.compile:
-            layer.forward = torch.compile(layer.forward, dynamic=True)
-        if args.checkpoint_activations:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    prepare(model, config)
+    optimizers = make_optimizers(model, config)
+    data_hash = hashlib.sha256(repr(examples).encode()).hexdigest()
+    run = asdict(config) | {"data_hash": data_hash, "steps": 0, "tokens": 0, "seconds": 0.0}
+    log_file = open_run(out_dir, config, model, tokenizer, optimizers, run)
+    step, ema = run["steps"], None
+    bar = tqdm(total=config.max_steps, initial=step, desc="train", disable=not is_first())
+    model.train()
+    with open(log_file, "a") as log, bar, caught_signals() as caught:
+        for rows in batches(examples, config, step):
+            began = time.perf_counter()
+            batch = [examples[i] for i in rows]
+            factor = lr_factor(step, config)
+            step += 1
+            loss = accumulate_gradients(model, batch, tokenizer, config, loss_function)
+            loss, stop = summed(loss, bool(caught))
+            norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)).item()
+            check_finite(step, loss=loss, gradient=norm)
+            update(optimizers, factor)
+
+            n, lr = sum(map(len, batch)), factor * config.lr
+            entry = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": n}
+            print(json.dumps(entry), file=log, flush=True)
+            run["steps"] = step
+            run["tokens"] += n
+            run["seconds"] += time.perf_counter() - began
+            ema = 0.95 * ema + 0.05 * loss if ema else loss  # the loss, smoothed
+            speed = run["tokens"] / run["seconds"]
+            bar.set_postfix(ema=f"{ema:.3f}", tokens_s=f"{speed:,.0f}", refresh=False)
+            bar.update()
+            if out_dir and (stop or step % config.save_every == 0 or step == config.max_steps):
+                save_checkpoint(out_dir, model, optimizers, run)
+            if stop:
+                break
+    if out_dir:
+        save_weights(out_dir, model, tokenizer, run)
+    if step < config.max_steps:
+        return caught[0] if caught else signal.SIGTERM  # the signal came to another process
+    return None
 
 
-# ---- Many processes ----
+def batches(examples, config, start) -> Iterator[list[int]]:
+    """The batch of every step from `start` to max_steps, as indices, epoch after epoch.
 
-def rank_and_world() -> tuple[int, int]:
-    """Which process this is, and of how many."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    It depends on the seed and the step alone, however often a run was resumed.
+    """
+    lengths = [len(example) for example in examples]
+    per_epoch = math.ceil(len(examples) / config.batch_size)
+    for step in range(start, config.max_steps):
+        epoch, place = divmod(step, per_epoch)
+        if place == 0 or step == start:
+            seed = config.seed * 1_000_003 + epoch
+            order = data.batch_order(lengths, config.batch_size, seed)
+        yield order[place]
+
+
+def check_finite(step, **values):
+    """Raise DataError if a value is infinite or not a number."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise DataError(
+                f"at step {step} the {name} is {value}: stopped, and nothing of it is saved; start "
+                "over with a smaller --lr"
+            )
 
 
 @contextmanager
-def process_group(args) -> Iterator[None]:
-    """Join the other processes, if torchrun started this one. Raises data.DataError."""
-    if "RANK" not in os.environ:
-        yield
-        return
-    on_cuda = args.device.startswith("cuda")
-    if on_cuda:
-        torch.cuda.set_device(args.device)
-    elif torch.__version__ < "2.8":
-        raise data.DataError(f"several processes without GPUs need torch 2.8 or newer, this is {torch.__version__}: install it, "
-                             "or start train.py with python")
-    dist.init_process_group("nccl" if on_cuda else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+def caught_signals():
+    """A list that collects Ctrl-C and SIGTERM instead of ending the program. A second one does."""
+    caught = []
 
-
-def shard_model(model, args) -> None:
-    """Leave every process its part of every weight, in fp32: FSDP2. The whole weights of a layer are there only while it computes.
-
-    --parallel ddp is the same with a mesh of N copies in one part each: every process keeps all, and only gradients are exchanged.
-    With bfloat16 a layer's weights travel as bf16; gradients are summed in fp32.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-
-    _, world = rank_and_world()
-    device = torch.device(args.device).type
-    mesh = init_device_mesh(device, (1, world) if args.parallel == "fsdp" else (world, 1), mesh_dim_names=("copies", "parts"))
-    policy = MixedPrecisionPolicy(torch.bfloat16 if args.dtype == "bfloat16" else None, torch.float32, cast_forward_inputs=False)
-    for layer in layers_of(model):
-        layer.float()
-        if hasattr(layer, "cross_attention"):          # its keys and values are computed before the layer, see T5.read
-            fully_shard(layer.cross_attention, mesh=mesh, mp_policy=policy)
-            register_fsdp_forward_method(layer.cross_attention, "keys_values")
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model.float(), mesh=mesh)
-    for name in ("loss", "compress", "generate"):
-        register_fsdp_forward_method(model, name)
-
-
-def summed(*values: float) -> list[float]:
-    """Numbers, each added up over all processes."""
-    if not dist.is_initialized():
-        return [*values]
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
-
-
-def whole(x):
-    """A state (tensors in dicts and lists) in whole tensors on the CPU of rank 0. All processes have to call this together."""
-    if isinstance(x, dict):
-        return {key: whole(value) for key, value in x.items()}
-    if isinstance(x, list):
-        return [whole(value) for value in x]
-    if not hasattr(x, "full_tensor"):                  # not a DTensor
-        return x
-    full = x.full_tensor()
-    return full.cpu() if dist.get_rank() == 0 else None
-
-
-def part_of(full: Tensor, like: Tensor) -> Tensor:
-    """What this process keeps of a whole tensor: as much as it has of `like`, a weight of the same shape."""
-    if not hasattr(like, "full_tensor") or full.shape != like.shape:
-        return full
-    from torch.distributed.tensor import DTensor, Replicate
-    return DTensor.from_local(full.to(like.device), like.device_mesh, [Replicate()] * like.device_mesh.ndim).redistribute(placements=like.placements)
-
-
-# ---- Optimizer ----
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: every weight matrix moves by the nearest (semi-)orthogonal matrix to its momentum.
-
-    All directions of the update get the same size, also those whose gradients are small, and a tiny model needs fewer
-    steps than with AdamW. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon. In fp32, as bf16 is emulated on many CPUs.
-    For matrices inside the layers only; embeddings, head and norms belong to AdamW.
-    """
-
-    def __init__(self, params, lr: float, momentum: float = 0.95):
-        super().__init__(params, dict(lr=lr, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for shape, params in by_shape.items():                        # matrices of a shape go together, in one batch
-                updates = []
-                for p in params:
-                    m = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    m.mul_(group["momentum"]).add_(p.grad)
-                    update = p.grad + group["momentum"] * m               # Nesterov's look ahead
-                    updates.append(update.full_tensor() if hasattr(update, "full_tensor") else update)
-                scale = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
-                for p, update in zip(params, orthogonalize(torch.stack(updates))):
-                    p.add_(part_of(update, p), alpha=-scale)
-
-
-def orthogonalize(x: Tensor) -> Tensor:
-    """Move all singular values of x (..., m, n) close to 1, by five Newton-Schulz steps x <- a x + b (xx')x + c (xx')^2 x."""
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    wide = x.shape[-2] <= x.shape[-1]
-    x = x if wide else x.mT
-    for _ in range(5):
-        xx = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * xx + 2.0315 * xx @ xx) @ x
-    return x if wide else x.mT
-
-
-def make_optimizers(model, args) -> list[torch.optim.Optimizer]:
-    """AdamW for all weights; or, with --optimizer muon, Muon for the layers' matrices and AdamW for the others."""
-    if args.optimizer == "adamw":
-        return [torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)]
-    # T5's two peculiarities need other steps. Its position biases start near 0 and have to reach several units before a head
-    # finds a place. It does not divide attention by sqrt(K): its queries are that much smaller instead, and so are their steps.
-    small = model.config.head_dim ** -0.5 if isinstance(model, T5) else 1.0
-    biases, queries, matrices, others = [], [], [], []
-    for name, p in model.named_parameters():
-        if "relative_bias" in name:
-            biases.append(p)
-        elif "layers." not in name or p.ndim != 2:
-            others.append(p)
-        else:
-            (queries if name.endswith("wq.weight") else matrices).append(p)
-    adamw = torch.optim.AdamW([{"params": others}, {"params": biases, "lr": 30 * args.lr}], lr=args.lr, betas=(0.9, 0.95),
-                              weight_decay=args.weight_decay)
-    return [adamw, Muon([{"params": matrices}, {"params": queries, "lr": args.muon_lr * small}], lr=args.muon_lr)]
-
-
-def lr_factor(step: int, args) -> float:
-    """What part of the peak learning rate to use at a step: linear warm-up, then the chosen schedule."""
-    warmup = max(1, round(args.warmup * args.max_steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(1, args.max_steps - warmup)
-    if args.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done))
-    if args.schedule == "linear":                      # flat, then straight down to 0 over the last part
-        return min(1.0, (1 - done) / args.decay)
-    return 1.0
-
-
-# ---- One run ----
-
-def steps(examples: list[data.Example], batch_size: int, seed: int, start: int) -> Iterator[list[int]]:
-    """Batches of indices, epoch after epoch, from step `start` on: the same batches, however often a run was resumed."""
-    lengths = [len(e) for e in examples]
-    per_epoch = math.ceil(len(lengths) / batch_size)
-    for epoch in count(start // per_epoch):
-        batches = data.batch_order(lengths, batch_size, seed=seed * 1_000_003 + epoch)
-        yield from batches[start % per_epoch if epoch == start // per_epoch else 0:]
-
-
-@contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """A list that fills with the signals that come, Ctrl-C and SIGTERM, instead of ending the program; the second one does end it."""
-    caught: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def catch(number, frame) -> None:
+    def catch(number, frame):
+        if caught and not dist.is_initialized():  # torchrun repeats what its processes got already
+            raise KeyboardInterrupt
         caught.append(number)
-        if not dist.is_initialized():                  # torchrun passes on what its processes got already
-            signal.signal(number, before[number])
 
-    for number in before:
-        signal.signal(number, catch)
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
     finally:
@@ -291,334 +209,564 @@ def caught_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def train(model, examples: list[data.Example], tokenizer, args, save: Callable[[int], None], optimizers, start: int = 0) -> int | None:
-    """Train from step `start` to args.max_steps with a bar and a log. save(step) is called every args.save_every steps and at the end.
+# ---- The optimizer ----
 
-    Returns None; or, on Ctrl-C or SIGTERM, the signal's number, after finishing and saving the step. Raises data.DataError if the loss
-    is no longer finite; the checkpoint saved last is then still good.
+
+class Muon(Optimizer):
+    """Momentum, orthogonalized: a matrix moves by the (semi-)orthogonal matrix nearest to it.
+
+    All directions of the update get the same size, also those whose gradients are small, and a tiny
+    model needs fewer steps than with AdamW. For matrices inside the layers; those of a group have
+    one shape. In fp32, as bf16 is emulated on many CPUs. Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon
     """
+
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            decay, updates = group["momentum"], []
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                momentum = state["momentum"].mul_(decay).add_(p.grad)
+                updates.append(p.grad + decay * momentum)  # Nesterov: look a step ahead
+            updates = orthogonalize_shared(torch.stack(updates))  # (N, m, n)
+            m, n = updates.shape[1:]
+            for p, update in zip(group["params"], updates, strict=True):
+                p.add_(update, alpha=-group["lr"] * max(1, m / n) ** 0.5)
+
+
+def orthogonalize_shared(x: Tensor) -> Tensor:
+    """Orthogonalize matrices (N, m, n). Processes that hold parts of each share the work:
+
+    every process collects N / processes whole matrices, and gives their parts back.
+    """
+    if not isinstance(x, DTensor):
+        return orthogonalize(x)
+    mesh, by_matrix = x.device_mesh, [Shard(0)] * x.device_mesh.ndim
+    mine = x.redistribute(placements=by_matrix).to_local()
+    done = orthogonalize(mine)
+    done = DTensor.from_local(done, mesh, by_matrix, shape=x.shape, stride=x.stride())
+    return done.redistribute(placements=x.placements)
+
+
+def orthogonalize(x: Tensor) -> Tensor:
+    """Move all singular values of x (..., m, n) close to 1.
+
+    Five Newton-Schulz steps, x <- a x + b (xx')x + c (xx')^2 x.
+    """
+    if x.shape[-2] > x.shape[-1]:
+        return orthogonalize(x.mT).mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        xx = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * xx + 2.0315 * xx @ xx) @ x
+    return x
+
+
+def make_optimizers(model, config) -> list[Optimizer]:
+    """AdamW for all weights; or Muon for the layers' matrices, and AdamW for the others."""
+    options = {
+        "lr": config.lr,
+        "betas": (0.9, config.beta2),
+        "weight_decay": config.weight_decay,
+        "fused": True,
+    }
+    if config.optimizer == "adamw":
+        return [AdamW(model.parameters(), **options)]
+    matrices, others = {}, []
+    for name, p in model.named_parameters():
+        # T5's two peculiarities need other steps. Its position biases start near 0 and have to
+        # reach several units before a head finds a place. It does not divide attention by sqrt(K):
+        # its queries are that much smaller instead, and so are their steps.
+        scale = 1.0
+        if "relative_bias" in name:
+            scale = 30.0
+        elif isinstance(model, T5) and name.endswith("wq.weight"):
+            scale = model.config.head_dim**-0.5
+        if "layers." in name and p.ndim == 2:
+            matrices.setdefault((p.shape, scale), []).append(p)
+        else:
+            others.append({"params": [p], "lr": scale * config.lr})
+    groups = [{"params": ps, "lr": s * config.muon_lr} for (_, s), ps in matrices.items()]
+    return [AdamW(others, **options), Muon(groups, config.muon_lr)]
+
+
+def update(optimizers, factor):
+    """Move the weights, with this part of the peak learning rates."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group.setdefault("peak", group["lr"])
-    model.train()
-    began, tokens, smooth, first = time.perf_counter(), 0, None, rank_and_world()[0] == 0
-    bar = tqdm(total=args.max_steps, initial=start, desc="train", unit="step", mininterval=0.5, disable=not first)
-    log_file = Path(args.out_dir) / "train_log.jsonl" if first else os.devnull
-    with open(log_file, "a", encoding="utf-8") as log, bar, caught_signals() as caught:
-        for step, rows in zip(range(start, args.max_steps), steps(examples, args.batch_size, args.seed, start)):
-            batch = [examples[i] for i in rows]
-            loss, stop = summed(accumulate_gradients(model, batch, tokenizer, args), bool(caught))
-            norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-            norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise data.DataError(f"at step {step + 1} the loss is {loss} and the gradient's norm {norm}: stopped; try a smaller "
-                                     f"--lr. The last checkpoint in {args.out_dir} is still good")
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * lr_factor(step, args)
-                optimizer.step()
-                optimizer.zero_grad()
-            read = sum(len(e) - len(e.output) * (args.arch == "t5") for e in batch)     # T5: of the source
-            tokens += read
-            smooth = loss if smooth is None else 0.95 * smooth + 0.05 * loss
-            log.write(json.dumps({"step": step + 1, "loss": loss, "lr": optimizers[0].param_groups[0]["lr"], "grad_norm": norm, "tokens": read}) + "\n")
-            bar.set_postfix(loss=f"{smooth:.3f}", tokens_s=f"{tokens / (time.perf_counter() - began):,.0f}", refresh=False)
-            bar.update()
-            if (step + 1) % args.save_every == 0 or step + 1 == args.max_steps or stop:
-                log.flush()
-                if first:
-                    os.fsync(log.fileno())             # the log is never behind the checkpoint
-                save(step + 1)
-            if stop and step + 1 < args.max_steps:
-                return caught[0] if caught else signal.SIGTERM
+            group["lr"] = factor * group.setdefault("peak_lr", group["lr"])
+        optimizer.step()
+        optimizer.zero_grad()
 
 
-def draw_loss(out_dir: Path) -> None:
-    """Draw train_log.jsonl into loss.png: every step's loss, faint, and its running mean."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    log = [json.loads(line) for line in (out_dir / "train_log.jsonl").read_text().splitlines()]
-    if not log:
-        return
-    at, loss = [entry["step"] for entry in log], [entry["loss"] for entry in log]
-    smooth = loss[:1]
-    for value in loss[1:]:
-        smooth.append(0.98 * smooth[-1] + 0.02 * value)
-    figure, ax = plt.subplots(figsize=(6, 3.5), constrained_layout=True)
-    ax.plot(at, loss, color="tab:blue", alpha=0.25, linewidth=0.7, label="one batch")
-    ax.plot(at, smooth, color="tab:blue", label="running mean")
-    ax.set(xlabel="step", ylabel="loss (nats per output token)", title=out_dir.name, ylim=(0, None))
-    ax.legend(frameon=False)
-    figure.savefig(out_dir / "loss.tmp.png", dpi=120)
-    plt.close(figure)
-    os.replace(out_dir / "loss.tmp.png", out_dir / "loss.png")
+def lr_factor(step: int, config: Config) -> float:
+    """The part of the peak learning rate at a step: linear warm-up, then the schedule."""
+    warmup = max(1, round(config.warmup * config.max_steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    left = 1 - (step - warmup) / max(1, config.max_steps - warmup)
+    if config.schedule == "cosine":
+        return 0.5 * (1 - math.cos(math.pi * left))
+    if config.schedule == "linear" and left < config.decay:  # flat, then straight down to 0
+        return left / config.decay
+    return 1.0
 
 
-# ---- The command ----
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Train a model to compress prompts into gist tokens, and evaluate it.")
-    a = parser.add_argument_group("the method").add_argument
-    a("--n_gist", type=int, default=1, metavar="N", help="gist tokens after the prompt (%(default)s)")
-    a("--condition", choices=(*gist_mask.CONDITIONS, "tfidf"), default="gist",
-      help="what the input sees of the prompt: the gist, everything, nothing, or its N words of highest TF-IDF instead (gist)")
-    a("--arch", choices=("llama", "t5"), default="llama", help="decoder or encoder-decoder (llama); --init_from decides it by itself")
-
-    a = (source := parser.add_argument_group("what to train on, and where to keep it")).add_argument
-    a("--data", default="builtin", metavar="DIR", help="a directory in the Alpaca+ layout, or 'builtin' (builtin)")
-    a("--n_shots", type=int, default=0, metavar="K", help="builtin: show K worked examples in every prompt (%(default)s)")
-    a("--per_step", action="store_true", help="builtin: of an instruction of two steps, make two prompts with a gist each")
-    a("--pretrain_gist", metavar="TEXT",
-      help="learn to compress running text instead, a file or a directory of *.txt, or 'builtin'; then go on with --init_from")
-    a("--init_from", metavar="DIR", help="start from this checkpoint (random weights)")
-    a("--base", metavar="DIR", help="the original LLaMA, if --init_from holds differences from it")
-    a("--out_dir", metavar="DIR", help="where the run is kept (out/ARCH-CONDITION-N_GIST)")
-    a("--max_length", type=int, metavar="N", help="longest example in tokens, t5: longest source; the rest is cut (512; t5: 128)")
-    a("--max_target", type=int, default=256, metavar="N", help="t5: longest output in tokens (%(default)s)")
-    a = source.add_mutually_exclusive_group().add_argument
-    a("--resume", action="store_true", help="go on with the run in --out_dir; give the flags that it was started with")
-    a("--overwrite", action="store_true", help="delete the run in --out_dir and start over")
-
-    a = parser.add_argument_group("a model from random weights").add_argument
-    a("--d_model", type=int, default=128, metavar="N", help="width (%(default)s)")
-    a("--n_layers", type=int, metavar="N", help="layers (4; t5: 3 in the encoder and 3 in the decoder)")
-    a("--n_heads", type=int, default=8, metavar="N", help="attention heads (%(default)s)")
-    a("--vocab_size", type=int, default=2048, metavar="N", help="largest size of the tokenizer trained on the data (%(default)s)")
-
-    a = parser.add_argument_group("how to train").add_argument
-    a("--preset", choices=PRESETS, help="the paper's hyperparameters for the model in --init_from; other flags override them")
-    a("--max_steps", type=int, default=3000, metavar="N", help="steps (%(default)s)")
-    a("--epochs", type=float, metavar="X", help="passes over the training data, instead of --max_steps")
-    a("--batch_size", type=int, default=64, metavar="N", help="examples a step (%(default)s)")
-    a("--optimizer", choices=("muon", "adamw"), help="muon learns in fewer steps from random weights (muon; adamw with --init_from)")
-    a("--lr", type=float, metavar="X", help="peak learning rate of AdamW (3e-3; 2e-5 with --init_from)")
-    a("--muon_lr", type=float, default=0.015, metavar="X", help="peak learning rate of Muon (%(default)s)")
-    a("--weight_decay", type=float, default=0.0, metavar="X", help="of AdamW (%(default)s)")
-    a("--grad_clip", type=float, default=1.0, metavar="X", help="largest norm of the gradient (%(default)s)")
-    a("--warmup", type=float, default=0.03, metavar="X", help="part of the steps in which the learning rate rises (%(default)s)")
-    a("--schedule", choices=("linear", "cosine", "constant"), default="linear", help="the learning rate after that (%(default)s)")
-    a("--decay", type=float, default=0.5, metavar="X", help="linear: the part of the steps in which it falls to 0 (%(default)s)")
-    a("--seed", type=int, default=0, metavar="N", help="of weights, data and order (%(default)s)")
-    a("--device", help="cuda, mps or cpu (the first of these that is there)")
-    a("--dtype", choices=("float32", "bfloat16"), help="of matrix products (bfloat16 on cuda, else float32)")
-    a("--micro_batch", type=int, metavar="N", help="examples in memory at once; the gradients of a batch add up (all of them)")
-    a("--checkpoint_activations", action="store_true", help="less memory, a third more time: compute each layer again in the backward pass")
-    a("--parallel", choices=("fsdp", "ddp"), default="fsdp",
-      help="with torchrun: every process keeps a part of all weights, gradients and moments (fsdp) or a copy of all (ddp) (%(default)s)")
-    a("--compile", action="store_true", help="compile the layers with torch.compile: a slow start, then faster steps")
-    a("--save_every", type=int, default=500, metavar="N", help="steps between checkpoints (%(default)s)")
-    a("--no_eval", action="store_true", help="do not evaluate at the end")
-    return parser
+# ---- Layers and processes ----
 
 
-def parse_args() -> argparse.Namespace:
-    """Read the flags, refuse what makes no sense, and fill in what depends on other flags or on the machine."""
-    parser = make_parser()
-    args = parser.parse_args()
-    if args.preset:
-        parser.set_defaults(**PRESETS[args.preset])    # what is on the command line still comes before the defaults
-        args = parser.parse_args()
-    if args.init_from:
-        args.arch = "t5" if data.read_config(args.init_from).get("model_type") == "t5" else "llama"
-    if args.preset and (not args.init_from or args.arch != PRESETS[args.preset]["arch"]):
-        parser.error(f"--preset {args.preset} is for a pretrained {PRESETS[args.preset]['arch']} model, but --init_from "
-                     + (f"{args.init_from} holds a {args.arch} model" if args.init_from else "is not given"))
-    llama = args.arch == "llama"
-    args.out_dir = args.out_dir or f"out/{args.arch}-{args.condition}-{args.n_gist}"
-    defaults = dict(max_length=512 if llama else 128, n_layers=4 if llama else 3,
-                    optimizer="adamw" if args.init_from else "muon", lr=2e-5 if args.init_from else 3e-3)
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.n_gist == 0 and args.condition != "pos_control":
-        parser.error(f"--condition {args.condition} needs --n_gist 1 or more; without gist tokens every condition is pos_control")
-    if args.pretrain_gist and (args.condition != "gist" or args.n_gist < 1 or args.epochs):
-        parser.error("--pretrain_gist needs --condition gist, a gist token, and --max_steps")
-    if (args.n_shots or args.per_step) and args.data != "builtin" or args.per_step and args.condition != "gist":
-        parser.error("--n_shots and --per_step are for --data builtin, --per_step with --condition gist only")
-    for name, least in dict(n_gist=0, n_shots=0, max_steps=0, batch_size=1, max_length=1, max_target=1, d_model=1, n_layers=1, n_heads=1,
-                            vocab_size=1, save_every=1).items():
-        if getattr(args, name) < least:
-            parser.error(f"--{name} must be {least} or more")
-    for name in ("lr", "muon_lr", "grad_clip", "decay", "epochs", "micro_batch"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            parser.error(f"--{name} must be more than 0")
-    if args.d_model % (2 * args.n_heads):
-        parser.error("--d_model must be an even multiple of --n_heads")
-    args.device = find_device(args.device)
-    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
-        args.device += ":" + os.environ["LOCAL_RANK"]
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    if args.compile and args.device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise data.DataError("--compile needs a C++ compiler on the CPU: install g++, or name yours in the environment variable CXX")
-    return args
+def prepare(model, config):
+    """Compile the layers, checkpoint their activations, and put the model where it computes.
+
+    A checkpointed layer keeps only its input, and computes what is inside once more when the
+    gradient comes back. All layers share one compiled function, for batches of any length.
+    """
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = [layer for stack in stacks for layer in stack]
+    for layer in layers:
+        if config.compile:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        if config.checkpoint_activations:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if dist.is_initialized():
+        shard(model, layers, config)
+    else:
+        model.to(config.device).float()
 
 
-def find_device(name: str | None = None) -> str:
-    """The device to use: `name` if given and there, else cuda, mps or cpu. Raises data.DataError for one that is not there."""
-    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if name and name.split(":")[0] not in here:
-        raise data.DataError(f"--device {name}: not on this machine, which has {', '.join(here)}")
-    return name or here[0]
+def shard(model, layers, config):
+    """Leave every process its part of every weight, in fp32: FSDP2.
+
+    A layer's whole weights are there only while it computes. --parallel ddp is the same with N
+    copies in one part each: every process keeps all, and only gradients are exchanged. With
+    bfloat16 a layer's weights travel as bf16; gradients are summed in fp32.
+    """
+    _, world = rank_and_world()
+    sizes = (1, world) if config.parallel == "fsdp" else (world, 1)
+    device = torch.device(config.device).type
+    mesh = init_device_mesh(device, sizes, mesh_dim_names=("copies", "parts"))
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
+    policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    split = partial(fully_shard, mesh=mesh, mp_policy=policy)
+    for layer in layers:
+        layer.float()
+        if hasattr(layer, "cross_attention"):  # used before its layer, when T5 encodes
+            split(layer.cross_attention)
+            register_fsdp_forward_method(layer.cross_attention, "keys_values")
+        split(layer)
+    fully_shard(model.float(), mesh=mesh)
+    register_fsdp_forward_method(model, "loss")
 
 
-def check_out_dir(args: argparse.Namespace) -> dict | None:
-    """Is --out_dir free, or what the flags say it is? Returns the state to resume from, or None."""
-    out_dir = Path(args.out_dir)
-    if args.resume:
-        if (out_dir / "train_state.pt").exists():
-            return read_state(out_dir / "train_state.pt")
-        if not (out_dir / "train_log.jsonl").exists() or (out_dir / "model.safetensors").exists():
-            raise data.DataError(f"{out_dir}: has no train_state.pt, so there is nothing to resume; start without --resume")
-        return None                                    # it ended before its first checkpoint: start over
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        if not args.overwrite:
-            raise data.DataError(f"{out_dir} holds another run: go on with it (--resume), start over (--overwrite), or give another --out_dir")
-        if not (out_dir / "train_log.jsonl").exists():
-            raise data.DataError(f"{out_dir} holds no run of ours, so --overwrite would delete something else; give another --out_dir")
+@contextmanager
+def processes(device: str):
+    """Join the other processes, if torchrun started this one. Raises DataError."""
+    on_cuda = device.startswith("cuda")
+    if on_cuda:  # round the factors of fp32 products to TF32: 10 bits, and many times faster
+        torch.set_float32_matmul_precision("high")
+    try:
+        if "RANK" in os.environ:
+            dist.init_process_group("nccl" if on_cuda else "gloo")
+    except (ValueError, RuntimeError) as error:
+        raise DataError(
+            f"RANK is set, but this process cannot join others ({data.one_line(error)}); "
+            "start with torchrun, or unset RANK"
+        ) from None
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Which process this is, and of how many."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def is_first():
+    return rank_and_world()[0] == 0
+
+
+def summed(*values) -> list[float]:
+    """Numbers, each added up over all processes. Every process waits here for the others."""
+    if not dist.is_initialized():
+        return list(values)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor of which every process holds a part, put together."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+# ---- What a run keeps in out_dir ----
+#
+# torch.distributed.checkpoint saves weights and optimizer state: every process writes and reads its
+# own parts, and another number of processes can go on from them. One process does the same.
+
+LOG = "train_log.jsonl"  # where this is, there is a run
+# fmt: off
+FILES = ("checkpoint-*", "config.json", "model.safetensors", "tokenizer.*", "spiece.model",
+         "loss.png", "metrics.json", "outputs-*.csv")
+PROGRESS = ("steps", "tokens", "seconds")
+MAY_CHANGE = ("resume", "overwrite", "out_dir", "no_eval", "save_every", "device", "parallel",
+              "micro_batch", "checkpoint_activations", "compile")  # when a run is resumed
+METADATA = ("Metadata", "MetadataIndex", "StorageMeta", "_StorageInfo", "TensorStorageMetadata",
+            "ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "_get_layout",
+            "Size", "float32", "bfloat16", "int64", "PosixPath", "WindowsPath")
+# fmt: on
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+def files_of_run(out_dir):
+    return [file for pattern in FILES for file in out_dir.glob(pattern)]
+
+
+def check_out_dir(out_dir: Path, config: Config) -> Path | None:
+    """Is out_dir free, or what the flags say it is? Returns the checkpoint to resume from, or None.
+
+    Changes nothing. Raises DataError.
+    """
+    if config.init_from and out_dir.resolve() == Path(config.init_from).resolve():
+        raise DataError(f"{out_dir}: both --init_from and --out_dir; give another --out_dir")
+    is_run = (out_dir / LOG).exists()
+    if not is_run and files_of_run(out_dir):
+        raise DataError(f"{out_dir}: holds files that no run has left; give another --out_dir")
+    if config.resume:
+        checkpoints = out_dir.glob("checkpoint-*[0-9]")
+        last = max(checkpoints, key=lambda folder: int(folder.name[11:]), default=None)
+        if last is None and (not is_run or (out_dir / "model.safetensors").exists()):
+            raise DataError(f"{out_dir}: nothing to resume; start without --resume")
+        return last
+    if is_run and not config.overwrite:
+        raise DataError(
+            f"{out_dir} holds another run: go on with it (--resume), start over (--overwrite), or "
+            "give another --out_dir"
+        )
     return None
 
 
-MAY_CHANGE = ("resume", "overwrite", "out_dir", "no_eval", "save_every", "device", "micro_batch", "checkpoint_activations", "compile",
-              "parallel")
+def open_run(out_dir, config, model, tokenizer, optimizers, run):
+    """Load the checkpoint to resume from, or delete an older run's files. Returns the log.
+
+    run: the configuration, the data's hash, and PROGRESS, which is filled in. Everything is checked
+    before anything is deleted. Raises DataError.
+    """
+    if not out_dir:
+        return os.devnull
+    checkpoint = check_out_dir(out_dir, config)
+    if checkpoint:
+        load_checkpoint(checkpoint, model, optimizers, run)
+    summed(0)  # wait until every process has seen what the first one now changes
+    if not is_first():
+        return os.devnull
+    log = out_dir / LOG
+    if checkpoint:
+        lines = log.read_bytes().splitlines(keepends=True)
+        data.write_file(log, b"".join(lines[: run["steps"]]))
+        (out_dir / "model.safetensors").unlink(missing_ok=True)
+        return log
+    for file in files_of_run(out_dir):
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    data.write_file(log, b"")
+    data.save_config(out_dir, model, tokenizer, run)
+    return log
 
 
-def read_state(file: Path) -> dict:
-    """What `save` in `run` wrote, its tensors mapped from the file. Raises data.DataError."""
+@contextmanager
+def first_cause():
+    """dcp raises what all processes raised, in one exception: raise the first of them instead."""
     try:
-        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        if {"step", "seconds", "model", "optimizers", "args", "examples"} <= state.keys():
-            return state
-    except Exception:                # a broken file can raise anything
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
+
+
+def save_checkpoint(out_dir, model, optimizers, run):
+    """Write checkpoint-STEP under another name, rename it when whole, delete the older ones."""
+    norm = whole(nn.utils.get_total_norm(model.parameters())).item()
+    check_finite(run["steps"], weights=norm)  # the norm is finite only if every weight is
+    weights, states = get_state_dict(model, optimizers)
+    folder = out_dir / f"checkpoint-{run['steps']}"
+    unfinished = folder.with_suffix(".tmp")
+    try:
+        with data.reading(folder, "check the free space, then --resume"), first_cause():
+            dcp.save({"model": weights, "state": states["state"]}, checkpoint_id=unfinished)
+        if is_first():
+            data.write_file(unfinished / "run.json", json.dumps(run).encode())
+            unfinished.rename(folder)
+            for older in set(out_dir.glob("checkpoint-*")) - {folder}:
+                shutil.rmtree(older)
+    finally:
+        if is_first():
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def load_checkpoint(folder, model, optimizers, run):
+    """Put weights and optimizer state back, steps and seconds into `run`. Raises DataError."""
+    begun = data.read_json(folder / "run.json")
+    for name, now in run.items():
+        if name not in PROGRESS + MAY_CHANGE and begun.get(name) != now:
+            raise DataError(
+                f"{folder} was begun with {name} {begun.get(name)}, not {now}: resume it with the "
+                "same flags and data, or give another --out_dir"
+            )
+    weights, states = get_state_dict(model, optimizers)  # tensors that dcp.load fills
+    with data.reading(folder, "start over with --overwrite"), first_cause():
+        run |= {name: begun[name] for name in PROGRESS}
+        with open(folder / ".metadata", "rb") as file:
+            MetadataUnpickler(file).load()
+        dcp.load({"model": weights, "state": states["state"]}, checkpoint_id=folder)
+    set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=states)
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Reads a checkpoint's table of contents, and refuses one that could run code."""
+
+    def find_class(self, module, name):
+        if module.split(".")[0] not in ("torch", "pathlib") or name not in METADATA:
+            raise pickle.UnpicklingError(f"holds {module}.{name}, which could run code")
+        return super().find_class(module, name)
+
+
+def save_weights(out_dir, model, tokenizer, run):
+    """Write config.json and model.safetensors, one weight after the other; draw the loss."""
+    weights = ((name, whole(p)) for name, p in model.named_parameters())
+    if is_first():
+        data.save_model(out_dir, model, tokenizer, run, weights)
+        draw_loss(out_dir)
+    for _ in weights:  # every process helps to put each weight together
         pass
-    raise data.DataError(f"{file}: cannot be read, so the run cannot be resumed; start over with --overwrite")
 
 
-def check_same_run(state: dict, args: argparse.Namespace, n_examples: int) -> None:
-    """Only the run that was begun can be resumed. Raises data.DataError, naming the flag that differs."""
-    now = vars(args)
-    for name, value in state["args"].items():
-        if name not in MAY_CHANGE and now.get(name) != value:
-            raise data.DataError(f"{args.out_dir} was begun with --{name} {value}, not {now.get(name)}: resume it with the same flags, "
-                                 "or give another --out_dir")
-    if state["examples"] != n_examples:
-        raise data.DataError(f"{args.out_dir} was begun with {state['examples']} training examples, and {args.data} now gives {n_examples}; "
-                             "restore the data, or give another --out_dir")
+def draw_loss(out_dir):
+    """Draw the log into loss.png: the loss of every step, and its running mean."""
+    lines = (out_dir / LOG).read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    figure, ax = data.new_figure(6, 3.5)
+    ax.plot(losses, alpha=0.3, label="one batch")
+    ax.plot(list(accumulate(losses, lambda mean, x: 0.98 * mean + 0.02 * x)), label="running mean")
+    ax.set(xlabel="step", ylabel="loss (nats per output token)", ylim=(0, None))
+    ax.legend()
+    data.save_figure(figure, out_dir / "loss.png")
 
 
-@torch.no_grad()
-def load_state(state: dict, weights: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]) -> None:
-    """Put weights and moments back, or this process's parts of them."""
-    for name, weight in weights.items():
-        weight.copy_(part_of(state["model"][name], weight))
-    for optimizer, saved in zip(optimizers, state["optimizers"]):
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        moments = {i: {key: part_of(value, params[i]) for key, value in m.items()} for i, m in saved["state"].items()}
-        optimizer.load_state_dict(saved | {"state": moments})
+# ---- The command line ----
 
 
-def open_out_dir(out_dir: Path, resumed_at: int | None) -> None:
-    """An empty directory for a new run; for a resumed one, the log up to the step it is resumed at."""
-    log = out_dir / "train_log.jsonl"
-    if resumed_at is not None:
-        data.write_file(log, b"".join(log.read_bytes().splitlines(keepends=True)[:resumed_at]))
-    else:
-        if out_dir.exists():
-            shutil.rmtree(out_dir)
-        out_dir.mkdir(parents=True)
-        log.touch()
+@dataclass
+class Config:
+    """One run. Every field is a flag; `fill_in` replaces None. Comments are the flags' help."""
+
+    n_gist: int = 1  # gist tokens after the prompt
+    condition: str = "gist"  # what the input sees of the prompt: an entry of gist_mask.TABLE
+    tfidf: int | None = None  # shorten instructions to their N words of highest TF-IDF
+    arch: str = "llama"  # decoder or encoder-decoder; --init_from decides it by itself
+
+    data: str = "builtin"  # a directory in the Alpaca+ layout, or builtin
+    init_from: str | None = None  # start from this checkpoint (random weights)
+    base: str | None = None  # the original LLaMA, if --init_from holds a weight delta
+    out_dir: str | None = None  # where the run is kept (out/ARCH-CONDITION-N_GIST)
+    resume: bool = False  # go on with the run in --out_dir; give the flags that it began with
+    overwrite: bool = False  # delete the run in --out_dir and start over
+    max_length: int | None = None  # longest example in tokens (512); t5: longest source (128)
+    max_target: int = 256  # t5: longest output in tokens
+
+    d_model: int = 128  # width of a new model
+    n_layers: int | None = None  # its layers (4; t5: 3 in the encoder and 3 in the decoder)
+    n_heads: int = 8  # its attention heads
+    vocab_size: int = 2048  # largest size of its tokenizer, which is trained on the data
+
+    max_steps: int = 3000  # steps
+    epochs: float | None = None  # passes through the training data, instead of --max_steps
+    batch_size: int = 64  # examples a step
+    micro_batch: int | None = None  # examples in memory at once; their gradients add up (all)
+    optimizer: str | None = None  # muon is fast from random weights (muon; adamw with --init_from)
+    lr: float | None = None  # peak learning rate of AdamW (3e-3; 2e-5 with --init_from)
+    muon_lr: float = 0.015  # peak learning rate of Muon
+    beta2: float = 0.95  # how slowly AdamW's second moment changes
+    weight_decay: float = 0.0  # of AdamW
+    grad_clip: float = 1.0  # largest norm of the gradient
+    warmup: float = 0.03  # part of the steps in which the learning rate rises
+    schedule: str = "linear"  # the learning rate after that
+    decay: float = 0.5  # linear: part of the steps in which it falls to 0
+    seed: int = 0  # of weights, data and order
+
+    device: str | None = None  # cuda, mps or cpu (the first of these that is there)
+    dtype: str | None = None  # of matrix products (bfloat16 on cuda, else float32)
+    parallel: str = "fsdp"  # torchrun: a part of weights and state in every process, or ddp: all
+    checkpoint_activations: bool = False  # less memory, a third more time
+    compile: bool = False  # compile the layers: a slow start, then faster steps
+    save_every: int = 500  # steps between checkpoints
+    no_eval: bool = False  # do not evaluate at the end
 
 
-def make_model(args: argparse.Namespace, records: list[dict]):
-    """The model and the tokenizer: from --init_from, or new, the tokenizer trained on the training text."""
-    device = "cpu" if dist.is_initialized() else args.device     # whence shard_model takes the parts
-    if args.init_from:
-        model, tokenizer = data.load_model(args.init_from, base=args.base, device=device)
+CHOICES = {
+    "condition": gist_mask.TABLE,
+    "arch": ("llama", "t5"),
+    "optimizer": ("muon", "adamw"),
+    "schedule": ("linear", "cosine", "constant"),
+    "dtype": ("float32", "bfloat16"),
+    "parallel": ("fsdp", "ddp"),
+}
+MAY_BE_0 = ("n_gist", "max_steps", "seed")
+AT_MOST = {"beta2": 0.9999}
+
+# The paper's hyperparameters (section 4.1 and appendix A) for the pretrained model in --init_from.
+# Its code sets no betas, so they are AdamW's usual ones. What differs here: T5's dropout of 0.1 was
+# active while the paper trained; our T5 has none.
+PRESETS = {
+    "llama-7b": {
+        "max_steps": 3000,
+        "batch_size": 128,
+        "optimizer": "adamw",
+        "lr": 2e-5,
+        "beta2": 0.999,
+        "schedule": "cosine",
+        "dtype": "bfloat16",
+        "max_length": 512,
+    },
+    "flan-t5-xxl": {
+        "max_steps": 16000,
+        "batch_size": 16,
+        "optimizer": "adamw",
+        "lr": 5e-5,
+        "beta2": 0.999,
+        "schedule": "constant",
+        "warmup": 0.0,
+        "dtype": "bfloat16",
+        "max_length": 128,
+    },
+}
+
+
+def read_flags() -> Config:
+    """The command line; what it does not give is the preset's, then Config's."""
+    parser = argparse.ArgumentParser(description="Train a model to compress prompts, evaluate it.")
+    parser.add_argument("--preset", choices=PRESETS, help="the paper's values for --init_from")
+    helps = dict(re.findall(r"^    (\w+): .*  # (.*)", inspect.getsource(Config), re.M))
+    for field in fields(Config):
+        name, kind = field.name, field.type.split()[0]
+        options = {"default": field.default, "help": helps[name]}
+        if kind == "bool":
+            options["action"] = "store_true"
+        elif kind == "int":
+            options["type"] = data.at_least(0 if name in MAY_BE_0 else 1)
+        elif kind == "float":
+            options["type"] = data.at_least(0, float, AT_MOST.get(name, 1e6))
+        else:
+            options["choices"] = CHOICES.get(name)
+        parser.add_argument(f"--{name}", **options)
+    flags = parser.parse_args()
+    if flags.preset:
+        parser.set_defaults(**PRESETS[flags.preset])
+        flags = parser.parse_args()
+    del flags.preset
+    return Config(**vars(flags))
+
+
+def fill_in(config: Config) -> Config:
+    """Replace every None by what follows from the other fields and the machine.
+
+    Raises DataError for what makes no sense.
+    """
+    arch, device, pretrained = config.arch, data.find_device(config.device), config.init_from
+    if pretrained:
+        is_t5 = data.read_config(pretrained).get("model_type") == "t5"
+        arch = "t5" if is_t5 else "llama"
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = data.find_device("cuda:" + os.environ["LOCAL_RANK"])
+    if config.n_gist == 0 and not gist_mask.table(config.condition).all():
+        raise DataError(f"--condition {config.condition} hides something: it needs --n_gist 1")
+    if config.d_model % (2 * config.n_heads):
+        raise DataError("--d_model must be an even multiple of --n_heads")
+    values = {
+        "out_dir": f"out/{arch}-{config.condition}-{config.n_gist}",
+        "max_length": 128 if arch == "t5" else 512,
+        "n_layers": 3 if arch == "t5" else 4,
+        "optimizer": "adamw" if pretrained else "muon",
+        "lr": 2e-5 if pretrained else 3e-3,
+        "dtype": "bfloat16" if device.startswith("cuda") else "float32",
+    }
+    missing = {name: value for name, value in values.items() if getattr(config, name) is None}
+    return replace(config, arch=arch, device=device, **missing)
+
+
+def make_model(config: Config, records: list[dict], tokenizer=None):
+    """The model and its tokenizer: from config.init_from, or new. On the CPU."""
+    if config.init_from:
+        model, own = data.load_model(config.init_from, base=config.base)
+        tokenizer = tokenizer or own
         if tokenizer is None:
-            raise data.DataError(f"{args.init_from}: has no tokenizer file; put the model's tokenizer.model or tokenizer.json there")
-        if "gisting" not in data.read_config(args.init_from):
+            raise DataError(f"{config.init_from}: no tokenizer; add the model's")
+        if "gisting" not in data.read_config(config.init_from):
             data.add_gist_token(model, tokenizer)
-        return model if dist.is_initialized() else model.float(), tokenizer
-    tokenizer = data.train_tokenizer(records, args.vocab_size)
-    shape = dict(vocab_size=tokenizer.vocab_size, d_model=args.d_model, n_layers=args.n_layers, n_heads=args.n_heads,
-                 head_dim=args.d_model // args.n_heads)
-    if args.arch == "llama":
-        model = Llama(LlamaConfig(**shape, n_kv_heads=args.n_heads, d_ff=3 * args.d_model))
+        return model, tokenizer
+    tokenizer = tokenizer or data.train_tokenizer(records, config.vocab_size)
+    d, heads, layers = config.d_model, config.n_heads, config.n_layers
+    shape = {"d_model": d, "n_layers": layers, "n_heads": heads, "head_dim": d // heads}
+    shape["vocab_size"] = tokenizer.vocab_size
+    if config.arch == "llama":
+        model = Llama(LlamaConfig(**shape, n_kv_heads=heads, d_ff=3 * d))
     else:
-        model = T5(T5Config(**shape, n_decoder_layers=args.n_layers, d_ff=2 * args.d_model, start_id=tokenizer.pad_id))
-    model.init_weights(torch.Generator().manual_seed(args.seed))
-    return model.to(device), tokenizer
+        start_id = tokenizer.pad_id
+        model = T5(T5Config(**shape, n_decoder_layers=layers, d_ff=2 * d, start_id=start_id))
+    model.init_weights(torch.Generator().manual_seed(config.seed))
+    return model, tokenizer
 
 
-def make_training_set(args: argparse.Namespace, records: list[dict], tokenizer) -> tuple[list[data.Example], int]:
-    """What to learn from: instructions, or spans of text to compress; and how many were skipped. Raises data.DataError."""
-    if args.pretrain_gist:
-        return data.text_examples(args.pretrain_gist, tokenizer, args.n_gist, args.arch, max(1, args.max_steps) * args.batch_size, args.seed), 0
-    idf = data.inverse_frequencies(records) if args.condition == "tfidf" else None
-    examples, skipped = data.make_examples(records, tokenizer, args.n_gist, args.arch, args.max_length, args.max_target, idf)
-    if not examples:
-        raise data.DataError(f"{args.data}: all {skipped} training examples lose their output at --max_length {args.max_length}; raise it")
-    return examples, skipped
+def train(config: Config) -> int | None:
+    """One whole run, except for its evaluation. Returns what `fit` does. Raises DataError."""
+    config = fill_in(config)
+    out_dir = Path(config.out_dir)
+    with processes(config.device):
+        tokenizer = None
+        if check_out_dir(out_dir, config):  # a resumed run keeps its tokenizer
+            tokenizer = data.load_tokenizer(out_dir)
+        records = data.load_instructions(config.data, config.seed)["train"]
+        if config.tfidf:
+            records = data.with_keywords(records, records, config.tfidf)
+        model, tokenizer = make_model(config, records, tokenizer)
+        examples, skipped = data.make_examples(
+            records, tokenizer, config.n_gist, config.arch, config.max_length, config.max_target
+        )
+        if not examples:
+            raise DataError(f"{config.data}: --max_length cuts off every output; raise it")
+        if config.epochs:
+            steps = config.epochs * math.ceil(len(examples) / config.batch_size)
+            config = replace(config, max_steps=math.ceil(steps))
+        if is_first():
+            n = sum(p.numel() for p in model.parameters())
+            print(f"{out_dir}: {n:,} parameters, {len(examples):,} examples ({skipped} skipped)")
+        return fit(model, tokenizer, examples, config, out_dir=out_dir)
 
 
-def train_run(args: argparse.Namespace) -> None:
-    """All of one run but its evaluation, in this process or with others. Exits with 128 + the signal's number if it was stopped."""
-    rank, world = rank_and_world()
-    began = time.time()
-    state = check_out_dir(args)
-    records = data.load_instructions(args.data, args.seed, args.n_shots, args.per_step)["train"]
-    model, tokenizer = make_model(args, records)
-    examples, skipped = make_training_set(args, records, tokenizer)
-    if args.epochs:
-        args.max_steps = math.ceil(args.epochs * math.ceil(len(examples) / args.batch_size))
-    if state:
-        check_same_run(state, args, len(examples))
-
-    lengths = [len(e) for e in examples]
-    padding = data.padding_share(lengths, data.batch_order(lengths, args.batch_size, args.seed))
-    if rank == 0:
-        print(f"{args.out_dir}: {args.condition}, {args.n_gist} gist tokens, {sum(p.numel() for p in model.parameters()):,} parameters on "
-              f"{args.device}" + f", {world} processes" * (world > 1))
-        print(f"{len(examples):,} training examples of {sum(lengths) / len(lengths):.1f} tokens; {skipped} skipped, their output was cut off; "
-              f"{padding:.1%} of a batch is padding", flush=True)
-
-    prepare_layers(model, args)
-    if dist.is_initialized():
-        shard_model(model, args)
-    weights, optimizers, out_dir = dict(model.named_parameters()), make_optimizers(model, args), Path(args.out_dir)
-    if state:
-        load_state(state, weights, optimizers)
-    summed(0)                                          # no process may look for the old run when the first one changes it
-    if rank == 0:
-        open_out_dir(out_dir, resumed_at=state["step"] if state else None)
-    start, before = (state["step"], state["seconds"]) if state else (0, 0.0)
-
-    def save(step: int) -> None:
-        seconds = before + time.time() - began
-        state = whole({"model": weights, "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
-        if rank == 0:
-            data.save_state(out_dir / "train_state.pt", state | {"step": step, "seconds": seconds, "args": vars(args), "examples": len(examples)})
-            data.save_model(out_dir, model, tokenizer, {**vars(args), "steps": step, "seconds": round(seconds, 1)}, state["model"])
-            draw_loss(out_dir)
-
-    if start >= args.max_steps:                        # nothing to train; what there is can still be evaluated
-        save(start)
-    if stopped := train(model, examples, tokenizer, args, save, optimizers, start):
-        launcher = ["python"] if world == 1 else ["torchrun", "--nproc_per_node", str(world)]
-        again = shlex.join(launcher + [a for a in sys.argv if a not in ("--overwrite", "--resume")] + ["--resume"])
-        if rank == 0:
-            print(f"stopped and saved; go on with: {again}", file=sys.stderr)
+def main():
+    config = fill_in(read_flags())
+    stopped = train(config)
+    if os.environ.get("RANK", "0") != "0":  # only the first process has more to do
+        return
+    if stopped:
+        print("stopped and saved; go on with the same command and --resume", file=sys.stderr)
         sys.exit(128 + stopped)
-
-
-def main() -> None:
-    args = parse_args()
-    with process_group(args):
-        train_run(args)
-    if not (args.no_eval or args.pretrain_gist) and os.environ.get("RANK", "0") == "0":
-        sys.exit(subprocess.call([sys.executable, str(Path(__file__).with_name("eval.py")), "run", args.out_dir, "--device", args.device]))
+    if not config.no_eval:  # in place of this process, so that all its memory is free
+        sys.stdout.flush()
+        script = str(Path(__file__).with_name("eval.py"))
+        command = [sys.executable, script, "run", config.out_dir, "--device", config.device]
+        os.execv(sys.executable, command)
 
 
 if __name__ == "__main__":

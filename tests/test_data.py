@@ -1,24 +1,35 @@
-"""Instructions, the text layout and batches."""
+"""Instructions, the text layout, batches, and the small things that every script needs."""
+
+import argparse
 import json
+import math
+import os
 import random
 import re
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import torch
 
 import data
-from model import IGNORE
+from model import IGNORE_INDEX
+
+ROOT = Path(__file__).parent.parent
 
 
 class Letters:
     """A tokenizer of one token a character: what it does is easy to see."""
-    prefix, bos_id, eos_id, pad_id, gist_id, vocab_size = "_", 1, 2, 0, 999, 1000
+
+    prefix, bos_id, eos_id, pad_id, gist_id = "_", 1, 2, 0, 999
 
     def encode(self, text):
         return [ord(c) for c in text]
 
     def decode(self, ids):
-        return "".join(chr(i) if i != self.gist_id else "G" for i in ids if i not in (0, 1, 2))
+        return "".join("G" if i == self.gist_id else chr(i) for i in ids if i > 2)
 
 
 def record(instruction="Say a.", given="b c", output="a"):
@@ -26,6 +37,7 @@ def record(instruction="Say a.", given="b c", output="a"):
 
 
 # ---- The built-in instructions ----
+
 
 @pytest.fixture(scope="module")
 def builtin():
@@ -35,43 +47,43 @@ def builtin():
 def test_unseen_instructions_are_not_in_training_and_seen_ones_are_with_other_inputs(builtin):
     train = {r["instruction"] for r in builtin["train"]}
     pairs = {(r["instruction"], r["input"]) for r in builtin["train"]}
-    assert len(builtin["seen"]) == len(builtin["unseen"]) == 500 and len(builtin["human"]) >= 100
+    assert len(builtin["seen"]) == len(builtin["unseen"]) == 500
+    assert len(builtin["human"]) >= 100
     assert not train & {r["instruction"] for r in builtin["unseen"]}
     assert not train & {r["instruction"] for r in builtin["human"]}
-    assert all(r["instruction"] in train and (r["instruction"], r["input"]) not in pairs for r in builtin["seen"])
+    assert all(r["instruction"] in train for r in builtin["seen"])
+    assert not pairs & {(r["instruction"], r["input"]) for r in builtin["seen"]}
 
 
 def test_the_same_seed_gives_the_same_data_and_another_seed_other_data():
     one, same, other = (data.builtin(300, 50, seed) for seed in (1, 1, 2))
-    assert one == same and one["train"] != other["train"] and one["unseen"] != other["unseen"]
+    assert one == same
+    assert one["train"] != other["train"] and one["unseen"] != other["unseen"]
 
 
-def test_there_are_many_families_words_ways_to_ask_and_instructions():
-    assert len(data.FAMILIES) >= 20 and len(set(data.WORDS)) == len(data.WORDS) >= 150
-    assert all(len(set(f.templates)) >= 4 for f in data.FAMILIES.values())
+def test_there_are_many_kinds_words_phrasings_and_instructions():
+    assert len(data.KINDS) >= 20 and data.KINDS.keys() == data.TEMPLATES.keys()
+    assert len(set(data.WORDS)) == len(data.WORDS) >= 150
+    assert all(len(set(templates)) >= 4 for templates in data.TEMPLATES.values())
     n = len(data.WORDS)
-    slots = {"{a}": n, "{b}": n - 1, "{c}": n - 2, "{n}": 2, "{nth}": 3, "{list}": len(data.LISTS)}
+    values = {"a": n, "b": n - 1, "c": n - 2, "n": 2, "nth": 3, "list": len(data.LIST_NAMES)}
     count = 0
-    for family in data.FAMILIES.values():
-        for template in family.templates:
-            ways = 1
-            for slot, values in slots.items():
-                ways *= values if slot in template else 1
-            count += ways
-    assert count >= 1_000_000                                # one-step instructions alone
+    for templates in data.TEMPLATES.values():
+        for template in templates:
+            count += math.prod(values[slot] for slot in re.findall(r"{(\w+)}", template))
+    assert count >= 1_000_000  # one-step instructions alone
 
 
 def test_every_split_asks_of_the_instruction_what_it_should(builtin):
-    compares = [name for name, f in data.FAMILIES.items() if f.compares]
     for split in ("train", "seen", "unseen"):
         records = builtin[split]
-        assert sum(r["source"] in compares for r in records) >= 0.15 * len(records)
+        assert sum(r["source"] in data.COMPARES for r in records) >= 0.15 * len(records)
         assert sum(len(r["instruction"].split()) for r in records) >= 7 * len(records)
-    assert sum(len(re.findall(r"\w+|[^\w\s]", r["instruction"])) for r in builtin["train"]) >= 8 * len(builtin["train"])
 
 
 def test_guessing_without_the_instruction_fails(builtin):
-    """The best rule that knows only the list: the answer that is most frequent, written with places of the list for its words."""
+    """The best rule that knows only the list: the most frequent answer, words named by place."""
+
     def by_place(r):
         words = r["input"].split()
         return len(words), tuple(words.index(w) if w in words else w for w in r["output"].split())
@@ -83,152 +95,364 @@ def test_guessing_without_the_instruction_fails(builtin):
 
 
 def test_human_instructions_use_words_that_training_holds(builtin):
-    words = lambda r: set(re.findall(r"[a-z]+", f"{r['instruction']} {r['input']} {r['output']}".lower()))
+    def words(r):
+        return set(re.findall("[a-z]+", f"{r['instruction']} {r['input']} {r['output']}".lower()))
+
     known = set().union(*map(words, builtin["train"]))
     for r in builtin["human"]:
         assert not words(r) - known, r
 
 
-EXAMPLES = {      # solved by hand: template, (a, b, c), number or place, list, answer
-    "reverse": ("fox cup sun", "sun cup fox"), "first to end": ("fox cup sun", "cup sun fox"), "swap ends": ("fox cup sun map", "map cup sun fox"),
-    "keep first": ("fox cup sun map", "fox cup"), "keep last": ("fox cup sun map", "sun map"), "drop first": ("fox cup sun", "cup sun"),
-    "drop last": ("fox cup sun", "fox cup"), "nth": ("fox cup sun", "sun"), "double": ("fox cup sun", "fox fox cup cup sun sun"),
-    "repeat nth": ("fox cup sun map", "fox cup sun sun map"), "count": ("fox cup sun map", "four"), "prepend": ("fox cup", "A fox cup"),
-    "append": ("fox cup", "fox cup A"), "surround": ("fox cup", "A fox cup B"), "insert after nth": ("fox cup sun map", "fox cup sun A map"),
-    "set nth": ("fox cup sun map", "fox cup A map"), "join": ("fox cup sun", "fox A cup A sun"), "before each": ("fox cup", "A fox A cup"),
-    "instead": ("fox cup", "A B"), "say for each": ("fox cup", "A A"), "replace": ("fox A sun", "fox B sun"), "remove": ("fox A sun", "fox sun"),
-    "is there": ("fox A sun", "yes"), "if there": ("fox cup", "C"), "which": ("fox A sun", "A"),
+EXAMPLES = {  # solved by hand, with the words A, B, C, the number 2 and the third place
+    "reverse": ("fox cup sun", "sun cup fox"),
+    "first to end": ("fox cup sun", "cup sun fox"),
+    "swap ends": ("fox cup sun map", "map cup sun fox"),
+    "keep first": ("fox cup sun map", "fox cup"),
+    "keep last": ("fox cup sun map", "sun map"),
+    "drop first": ("fox cup sun", "cup sun"),
+    "drop last": ("fox cup sun", "fox cup"),
+    "nth": ("fox cup sun", "sun"),
+    "double": ("fox cup sun", "fox fox cup cup sun sun"),
+    "repeat nth": ("fox cup sun map", "fox cup sun sun map"),
+    "count": ("fox cup sun map", "four"),
+    "prepend": ("fox cup", "A fox cup"),
+    "append": ("fox cup", "fox cup A"),
+    "surround": ("fox cup", "A fox cup B"),
+    "insert after nth": ("fox cup sun map", "fox cup sun A map"),
+    "set nth": ("fox cup sun map", "fox cup A map"),
+    "join": ("fox cup sun", "fox A cup A sun"),
+    "before each": ("fox cup", "A fox A cup"),
+    "instead": ("fox cup", "A B"),
+    "say for each": ("fox cup", "A A"),
+    "replace": ("fox A sun", "fox B sun"),
+    "remove": ("fox A sun", "fox sun"),
+    "is there": ("fox A sun", "yes"),
+    "if there": ("fox cup", "C"),
+    "which": ("fox A sun", "A"),
     "next": ("fox A sun", "sun"),
 }
 
 
-@pytest.mark.parametrize("name", data.FAMILIES)
-def test_families_do_what_they_say(name):
-    given, expected = EXAMPLES[name]
-    assert data.FAMILIES[name].apply(given.split(), "A", "B", "C", 2) == expected.split()
+@pytest.mark.parametrize("kind", data.KINDS)
+def test_kinds_do_what_they_say_with_the_slots_of_every_phrasing(kind):
+    given, expected = EXAMPLES[kind]
+    values = {"a": "A", "b": "B", "c": "C", "n": 2, "nth": 2}
+    for template in data.TEMPLATES[kind]:
+        slots = {slot: values[slot] for slot in re.findall(r"{(\w+)}", template) if slot != "list"}
+        assert data.KINDS[kind](given.split(), **slots) == expected.split()
 
 
 def test_two_steps_are_done_one_after_the_other():
+    first = data.Task("Drop the first word.", "drop first", lambda w: w[1:], None)
+    second = data.Task("Put fox at the end.", "append", lambda w: w + ["fox"], None)
+    task = data.in_turn(first, second)
+    assert task.text == "Drop the first word, then put fox at the end."
+    assert task.solve(["cup", "sun"]) == ["sun", "fox"]
+
+
+def test_the_shares_of_what_is_hard_are_as_asked_for():
     rng = random.Random(0)
-    tasks = [t for t in (data.make_task(rng) for _ in range(20_000)) if t.family == "two steps"]
-    assert 0.06 < len(tasks) / 20_000 < 0.10
-    steps = {"Reverse": lambda w: w[::-1], "Drop the first": lambda w: w[1:], "Drop the last": lambda w: w[:-1],
-             "reverse": lambda w: w[::-1], "drop the first": lambda w: w[1:], "drop the last": lambda w: w[:-1]}
-    known = 0
-    for task in tasks:
-        if task.text.count(", then ") > 1:                   # "Write fox, then the list, then ..."
-            continue
-        first, second = ([f for start, f in steps.items() if step.startswith(start)] for step in task.text.split(", then "))
-        if first and second:
-            known += 1
-            assert task.solve(["fox", "cup", "sun", "map"]) == second[0](first[0](["fox", "cup", "sun", "map"]))
-    assert known > 10
+    kinds = Counter(data.make_task(rng, compares=0.3, two_steps=0.2).kind for _ in range(10_000))
+    assert abs(kinds["two steps"] - 2000) < 200
+    assert abs(sum(kinds[kind] for kind in data.COMPARES) - 3000) < 200
 
 
 # ---- Files ----
 
-def write(folder, name, text):
-    (folder / name).write_text(text, encoding="utf-8")
+
+def write(folder, name, content):
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def test_arrays_and_lines_are_read_alike_and_missing_splits_are_empty(tmp_path):
-    records = [record(), {"instruction": "Say d.", "output": "é"}]
+    records = [record(), {"instruction": "Say d.", "output": "é", "id": 7}]
+    lines = "\r\n\r\n".join(json.dumps(r) for r in records)
     write(tmp_path, "my_train_set.json", json.dumps(records))
-    write(tmp_path, "my_validation_human.json", "\n\n".join(json.dumps(r) for r in records) + "\n")
+    write(tmp_path, "my_validation_human.json", b"\xef\xbb\xbf" + lines.encode())
     loaded = data.load_instructions(str(tmp_path))
     assert loaded["train"] == loaded["human"] == [record(), record("Say d.", "", "é")]
     assert loaded["seen"] == loaded["unseen"] == []
 
 
-@pytest.mark.parametrize("content, says", [
-    ('{"instruction": "a", "output": "b"}\n{"instruction": "a", "outp', "x_train.json, line 2: broken JSON"),
-    ('[{"instruction": "a", "output": "b"},\n{"instruction" "a"}]', "x_train.json, line 2: broken JSON"),
-    ('{"instruction": "a", "output": "b"}\n\n{"input": "a", "output": "b"}', "x_train.json, line 3: 'instruction' is missing"),
-    ('[{"instruction": "a", "output": "b"}, {"instruction": "a", "output": 3}]', "x_train.json, record 2: 'output' is missing or not a string"),
-    ('[1]', "x_train.json, record 1: not an object"),
-    ("", "no training examples"), ("[]", "no training examples"), (b"\xff\xfe{", "line 1: not UTF-8"),
-    ("[" * 100_000, "nested too deeply"),
-])
-def test_a_broken_file_is_named_with_its_line(tmp_path, content, says):
-    (tmp_path / "x_train.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(data.DataError) as error:
-        data.load_instructions(str(tmp_path))
-    assert says in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+def test_a_data_file_belongs_to_one_split_and_may_be_json_lines(tmp_path):
+    write(tmp_path, "a_train.jsonl", json.dumps(record()))
+    write(tmp_path, "constrained_validation_unseen.json", json.dumps([record()] * 2))
+    write(tmp_path, "constrained_validation_other.json", json.dumps([record()] * 3))
+    write(tmp_path, "train.txt", "no data")
+    loaded = data.load_instructions(str(tmp_path))
+    assert [len(loaded[split]) for split in ("train", *data.SPLITS)] == [1, 0, 2, 0]
 
 
-def test_up_to_one_percent_of_bad_records_are_left_out_and_told(tmp_path, capsys):
-    good = [json.dumps(record(f"Say {i}.")) for i in range(297)]
-    lines = good[:100] + ["{"] + good[100:200] + [json.dumps({"instruction": None, "output": "x"})] + good[200:] + ['{"output": "x"}']
-    (tmp_path / "x_train.json").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    assert data.load_instructions(str(tmp_path))["train"] == [json.loads(line) for line in good]
-    told = capsys.readouterr().err
-    assert all(place in told for place in ("line 101: broken JSON", "line 202: 'instruction'", "line 300: 'instruction'")) and told.count("\n") == 1
-    (tmp_path / "x_train.json").write_text("\n".join(lines + ["[]"]))
-    with pytest.raises(data.DataError, match="line 300: .*; and 1 more: bad records: 4 of 301"):
+GOOD = '{"instruction": "a", "output": "b"}'
+BAD_DATA = {
+    "a line cut off": (GOOD + '\n{"instruction": "a", "outp', "x_train.json, line 2: "),
+    "broken array": (f'[{GOOD},\n{{"instruction" "a"}}]', "x_train.json: .* line 2"),
+    "no instruction": (GOOD + '\n\n{"input": "a", "output": "b"}', "line 3: 'instruction' is miss"),
+    "output a number": (f'[{GOOD}, {{"instruction": "a", "output": 3}}]', "record 2: 'output' is"),
+    "no input": ('[{"instruction": "a", "output": "b", "input": null}]', "record 1: 'input' is"),
+    "a number": ("[1]", "record 1: not an object"),
+    "empty": ("", "no training examples"),
+    "empty array": ("[]", "no training examples"),
+    "not UTF-8": (GOOD.encode() + b'\n{"instruction": "\xff"}', "line 2: .*decode"),
+    "nested deeply": (GOOD + "\n" + '{"a":' * 100_000, "line 2: .*recursion"),
+    "half a character": (GOOD[:-2] + '\\ud83d"}', "line 1: .*surrogates not allowed"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_DATA)
+def test_a_broken_file_is_named_with_its_line(tmp_path, what):
+    content, says = BAD_DATA[what]
+    write(tmp_path, "x_train.json", content)
+    with pytest.raises(data.DataError, match=says) as error:
         data.load_instructions(str(tmp_path))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_half_a_character_in_a_validation_file_is_found_before_the_training(tmp_path):
+    write(tmp_path, "a_train.jsonl", json.dumps(record()))
+    write(tmp_path, "a_validation_seen.jsonl", json.dumps(record(output="\ud83d")))
+    with pytest.raises(data.DataError, match="validation_seen.jsonl, line 1"):
+        data.load_instructions(str(tmp_path))
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def full_disk(_):
+        raise OSError("disk full")
+
+    data.write_file(tmp_path / "a", b"first")
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="disk full"):
+        data.write_file(tmp_path / "a", b"second")
+    assert [f.name for f in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"first"
 
 
 # ---- Layout and batches ----
 
+
+def texts(example):
+    return [Letters().decode(ids) for ids in (example.prompt, example.input, example.output)]
+
+
 def test_layout_is_the_papers():
     e = data.layout(record(" Say a. ", " b c\n", " a "), Letters(), n_gist=2)
     assert (e.prompt[0], e.output[-1]) == (1, 2)
-    assert [Letters().decode(ids) for ids in (e.prompt, e.input, e.output)] == ["_Instruction: Say a.GG", "_Input: b c\nOutput:", "_a"]
+    assert texts(e) == ["_Instruction: Say a.GG", "_Input: b c\nOutput:", "_a"]
     e = data.layout(record(given=" \n"), Letters(), n_gist=0)
-    assert [Letters().decode(ids) for ids in (e.prompt, e.input, e.output)] == ["_Instruction: Say a.", "_Output:", "_a"]
+    assert texts(e) == ["_Instruction: Say a.", "_Output:", "_a"]
+    e = data.layout(record(), Letters(), n_gist=1, arch="t5")
+    assert texts(e) == ["_Instruction: Say a.G", "_Input: b c", "_a"]
+    assert (e.prompt[0], e.input[-1], e.output[-1]) == (ord("_"), 2, 2)
+    e = data.layout(record(given=""), Letters(), n_gist=1, arch="t5")
+    assert e.input == [2]
 
 
 def test_long_examples_are_cut_at_the_right_and_those_without_output_skipped():
     whole, _ = data.make_examples([record(output="abcdef")], Letters(), 1)
-    for max_length in range(1, len(whole[0]) + 3):
-        examples, skipped = data.make_examples([record(output="abcdef")], Letters(), 1, max_length=max_length)
-        expected = (whole[0].prompt + whole[0].input + whole[0].output)[:max_length]
-        if max_length <= len(whole[0].prompt) + len(whole[0].input):
-            assert (examples, skipped) == ([], 1)
-        else:
-            assert skipped == 0 and examples[0].prompt + examples[0].input + examples[0].output == expected
+    source = whole[0].prompt + whole[0].input
+    for n in range(1, len(whole[0]) + 3):
+        examples, skipped = data.make_examples([record(output="abcdef")], Letters(), 1, "llama", n)
+        assert skipped == 1 - len(examples) == (n <= len(source))
+        for e in examples:
+            assert e.prompt + e.input + e.output == (source + whole[0].output)[:n]
+
+
+def test_a_long_source_of_t5_keeps_its_end_and_loses_no_gist():
+    whole, _ = data.make_examples([record(given="b" * 20)], Letters(), 1, "t5")
+    source = whole[0].prompt + whole[0].input
+    for n in range(1, len(source) + 2):
+        examples, skipped = data.make_examples([record(given="b" * 20)], Letters(), 1, "t5", n, 2)
+        assert skipped == 1 - len(examples) == (n <= len(whole[0].prompt))
+        for e in examples:
+            cut = source if n >= len(source) else source[: n - 1] + [2]
+            assert e.prompt + e.input == cut and e.output == whole[0].output[:2]
 
 
 def test_targets_are_the_output_one_place_early():
-    examples, _ = data.make_examples([record(output="xyz"), record("Say.", "", "x")], Letters(), 1)
+    records = [record(output="xyz"), record("Say.", "", "x")]
+    examples, _ = data.make_examples(records, Letters(), 1)
     batch = data.collate(examples, pad_id=0)
     for row, e in enumerate(examples):
-        tokens, targets, valid = (batch[k][row] for k in ("tokens", "targets", "valid"))
-        assert valid.sum() == len(e) and tokens[valid].tolist() == e.prompt + e.input + e.output
-        labelled = (targets != IGNORE).nonzero()[:, 0]
-        assert targets[labelled].tolist() == e.output == tokens[labelled + 1].tolist()
+        tokens, targets, real = (batch[k][row] for k in ("tokens", "targets", "attention_mask"))
+        assert real.sum() == len(e) and tokens[real].tolist() == e.prompt + e.input + e.output
+        labels = (targets != IGNORE_INDEX).nonzero()[:, 0]
+        assert targets[labels].tolist() == e.output == tokens[labels + 1].tolist()
 
 
-def test_an_epoch_has_every_example_once_and_little_padding():
-    rng = random.Random(0)
-    for n, batch_size in ((1, 4), (7, 8), (1000, 16), (3001, 10)):
-        lengths = [rng.randint(5, 300) for _ in range(n)]
-        batches = data.batch_order(lengths, batch_size, seed=3)
-        assert sorted(i for rows in batches for i in rows) == list(range(n))
-        assert max(map(len, batches)) <= batch_size and len(batches) == -(-n // batch_size)
-        assert batches == data.batch_order(lengths, batch_size, seed=3)
-        assert n < 100 or (batches != data.batch_order(lengths, batch_size, seed=4) and data.padding_share(lengths, batches) < 0.12)
-    assert data.padding_share([2, 4], [[0, 1]]) == 0.25
+def test_t5_has_its_source_and_its_output_apart():
+    records = [record(output="xyz"), record("Say.", "", "x")]
+    examples, _ = data.make_examples(records, Letters(), 1, "t5")
+    batch = data.collate(examples, 0, "t5")
+    for row, e in enumerate(examples):
+        tokens, targets, real = (batch[k][row] for k in ("tokens", "targets", "attention_mask"))
+        assert tokens[real].tolist() == e.prompt + e.input
+        assert targets[targets != IGNORE_INDEX].tolist() == e.output
 
 
 def test_rows_are_padded_on_the_side_that_is_asked_for():
-    assert [x.tolist() for x in data.pad([[5, 6], [7]], 0)] == [[[5, 6], [7, 0]], [[True, True], [True, False]]]
-    assert [x.tolist() for x in data.pad([[5, 6], [7]], 0, left=True)] == [[[5, 6], [0, 7]], [[True, True], [False, True]]]
+    tokens, mask = data.pad([[5, 6], [7]], 0)
+    assert tokens.tolist() == [[5, 6], [7, 0]] and mask.tolist() == [[True, True], [True, False]]
+    tokens, mask = data.pad([[5, 6], [7]], 0, left=True)
+    assert tokens.tolist() == [[5, 6], [0, 7]] and mask.tolist() == [[True, True], [False, True]]
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_a_batch_of_no_rows_is_a_batch(arch):
+    batch = data.collate([], 0, arch)
+    assert all(x.shape == (0, 0) for x in batch.values())
+    assert batch["tokens"].dtype == batch["targets"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("n, batch_size", [(1, 4), (7, 8), (1000, 16), (3001, 10)])
+def test_an_epoch_has_every_example_once_and_little_padding(n, batch_size):
+    rng = random.Random(0)
+    lengths = [rng.randint(5, 300) for _ in range(n)]
+    batches = data.batch_order(lengths, batch_size, seed=3)
+    assert sorted(i for rows in batches for i in rows) == list(range(n))
+    assert max(map(len, batches)) <= batch_size and len(batches) == -(-n // batch_size)
+    assert batches == data.batch_order(lengths, batch_size, seed=3)
+    if n >= 1000:
+        places = sum(max(lengths[i] for i in rows) * len(rows) for rows in batches)
+        assert batches != data.batch_order(lengths, batch_size, seed=4)
+        assert 1 - sum(lengths) / places < 0.12
+
+
+def test_keywords_are_the_words_of_the_highest_tfidf():
+    """Against a slow count: words of the training instructions are common, others rarest."""
+    rng = random.Random(0)
+    records = [record(" ".join(rng.choices("abcdefgh", k=6))) for _ in range(60)]
+    train, given = records[:40], records[40:] + [record("a new word, a NEW one")]
+    instructions = {r["instruction"] for r in train}
+
+    def idf(word):
+        have = sum(word in text.split() for text in instructions)
+        return math.log(len(instructions) / have) if have else math.inf
+
+    rarest = max(idf(word) for text in instructions for word in text.split())
+    for n in (1, 2, 5):
+        for before, after in zip(given, data.with_keywords(given, train, n)):
+            words = re.findall(r"\w+", before["instruction"].lower())
+            score = {word: words.count(word) * min(idf(word), rarest) for word in words}
+            kept = after["keywords"].split()
+            assert len(kept) == min(n, len(score)) and kept == sorted(kept, key=words.index)
+            least = min(score[word] for word in kept)
+            assert all(score[word] <= least for word in score.keys() - set(kept))
+            assert after["instruction"] == before["instruction"]
+
+
+def test_keywords_stand_for_the_instruction():
+    changed = data.with_keywords([record("Say a fox.")], [record("Say a."), record("Say b.")], 1)
+    e = data.layout(changed[0], Letters(), n_gist=0)
+    assert texts(e)[0] == "_Instruction: a" and e.record["instruction"] == "Say a fox."
+
+
+# ---- The tokenizer that is trained here ----
 
 
 def test_a_tokenizer_trained_on_the_builtin_text_has_a_token_for_every_word(builtin):
     tokenizer = data.train_tokenizer(builtin["train"], 2048)
     assert all(len(tokenizer.encode(word)) == 1 for word in data.WORDS)
-    assert len({tokenizer.gist_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}) == 4
-    assert tokenizer.gist_id == tokenizer.vocab_size - 1
+    ids = {tokenizer.gist_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}
+    assert len(ids) == 4 and tokenizer.gist_id == tokenizer.vocab_size - 1
     for text in ("fox bread", "naïve café 日本 🦊", "two\nlines", "x" * 50):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.decode(tokenizer.encode("fox") + [tokenizer.gist_id] + tokenizer.encode("cup")) == "fox cup"
+    with_gist = tokenizer.encode("fox") + [tokenizer.gist_id] + tokenizer.encode("cup")
+    assert tokenizer.decode(with_gist) == "fox cup"
 
 
-def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    data.write_file(tmp_path / "a", b"first")
-    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError):
-        data.write_file(tmp_path / "a", b"second")
-    assert (tmp_path / "a").read_bytes() == b"first"
+def test_more_characters_than_vocab_size_are_answered_with_its_name():
+    records = [record("".join(map(chr, range(i, i + 60)))) for i in range(0x4E00, 0x6500, 60)]
+    with pytest.raises(data.DataError, match="--vocab_size 500: .*500 vs") as error:
+        data.train_tokenizer(records, 500)
+    assert "\n" not in str(error.value)
+
+
+# ---- Small things ----
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "cpu:banana", "gpu", "meta", "mps:7", "cpu:1", ":"])
+def test_a_device_that_is_not_there_is_named_with_those_that_are(name):
+    with pytest.raises(data.DataError, match=f"--device {name}: .*cpu"):
+        data.find_device(name)
+
+
+def test_the_device_is_the_one_asked_for_or_the_best():
+    assert data.find_device("cpu") == "cpu"
+    best = "cuda" if torch.cuda.is_available() else None
+    assert data.find_device() == (best or data.find_device())
+    torch.zeros(1, device=data.find_device())
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "-1", "1e400", "11", "x", "", "0x1"])
+def test_a_flag_refuses_numbers_out_of_its_range(text, capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rate", type=data.at_least(0, float, 10))
+    parser.add_argument("--steps", type=data.at_least(0, at_most=10))
+    for flag in ("--rate", "--steps"):
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"{flag}={text}"])
+        assert flag in capsys.readouterr().err.splitlines()[-1]
+    args = parser.parse_args(["--rate", "0.5", "--steps", "10"])
+    assert (args.rate, args.steps) == (0.5, 10)
+
+
+@pytest.mark.parametrize("name", [".", "no_ending", "a.banana", "no/such/folder.png", "a."])
+def test_a_picture_that_cannot_be_written_leaves_nothing_behind(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(data.DataError, match="give a file like results.png"):
+        data.save_figure(data.new_figure(1, 1)[0], name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
+def test_pictures_are_written_and_no_figure_stays_open(ending, tmp_path):
+    from matplotlib import pyplot
+
+    for _ in range(3):
+        figure, axes = data.new_figure(3, 2, panels=2)
+        axes[1].plot([1, 2])
+        data.save_figure(figure, tmp_path / f"a.{ending}")
+    assert [f.name for f in tmp_path.iterdir()] == [f"a.{ending}"]
+    assert (tmp_path / f"a.{ending}").stat().st_size > 500 and not pyplot.get_fignums()
+
+
+def script(body, *args, **how):
+    code = f"import data\ndef main():\n    {body}\ndata.run(main)"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *args], cwd=ROOT, stderr=subprocess.PIPE, text=True, **how
+    )
+
+
+@pytest.mark.parametrize(
+    "body, status, says",
+    [
+        ("raise data.DataError('bad')", 2, "-c: bad"),
+        ("open('/no/such/file', 'wb')", 2, "-c: /no/such/file: No such file"),
+        ("raise KeyboardInterrupt", 130, "-c: interrupted"),
+    ],
+)
+def test_what_a_user_can_cause_ends_in_one_line(body, status, says):
+    process = script(body)
+    _, stderr = process.communicate()
+    assert process.returncode == status and stderr.startswith(says) and stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("body", ["print('x' * 100_000)", "print('x'); raise SystemExit(0)"])
+def test_a_closed_pipe_ends_quietly(body):
+    read, write = os.pipe()
+    os.close(read)
+    process = script(body, stdout=write)
+    os.close(write)
+    _, stderr = process.communicate()
+    assert (process.returncode, stderr) == (0, "")
+
+
+def test_the_file_shows_one_record_on_its_way():
+    done = subprocess.run([sys.executable, "data.py"], cwd=ROOT, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) <= 25
+    shown = json.loads(lines[0])
+    ids, segments, positions, targets = zip(*[map(int, line.split()[:4]) for line in lines[2:]])
+    assert sorted(segments) == list(segments) and segments.count(1) == 1
+    assert positions[segments.index(1)] == 0 and positions[-1] - positions[0] == len(ids) - 1
+    assert len([t for t in targets if t != IGNORE_INDEX]) > len(shown["output"].split())

@@ -1,10 +1,12 @@
-"""Several processes train the same model as one, whatever each of them holds, and any number can go on where others stopped."""
+"""Several processes train the same model as one, and any number goes on where others stopped."""
+
 import json
 import multiprocessing
 import os
 import socket
-import sys
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,35 +14,45 @@ import torch
 import data
 import train
 
-pytestmark = pytest.mark.skipif(torch.__version__ < "2.8", reason="FSDP2 on CPUs came with torch 2.8")
-RUNS = {"llama": [], "t5": ["--arch", "t5"], "adamw": ["--optimizer", "adamw"]}
+pytestmark = pytest.mark.skipif(torch.__version__ < "2.8", reason="FSDP2 on CPUs: torch 2.8")
+RUNS = {"llama": {}, "t5": {"arch": "t5"}, "adamw": {"optimizer": "adamw"}}
+WAYS = {
+    "fsdp": {},
+    "ddp": {"parallel": "ddp"},
+    "recomputed": {"checkpoint_activations": True, "micro_batch": 2},
+}
 
 
-def flags(folder, run, out, *more):
-    return [*RUNS[run], "--data", str(folder), "--out_dir", str(out), "--n_gist", "2", "--d_model", "32", "--n_layers", "1", "--n_heads", "2",
-            "--batch_size", "7", "--vocab_size", "400", "--device", "cpu", "--no_eval", "--max_steps", "20", "--save_every", "10", *more]
+def config(folder, run, out, **changes):
+    settings = {"data": str(folder), "out_dir": str(out), "n_gist": 2, "device": "cpu"}
+    settings |= {"d_model": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 400}
+    settings |= {"batch_size": 7, "max_steps": 20, "save_every": 10}
+    return train.Config(**settings | RUNS[run] | changes)
 
 
-def work(rank, world, port, calls):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    runs = []
-    for function, argv in calls:
-        sys.argv = ["train.py", *argv]
-        runs.append((function, train.parse_args()))
-    with train.process_group(runs[0][1]):
-        for function, args in runs:
-            function(args)
+def work(rank, world, ports, calls):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    for port, (function, *arguments) in zip(ports, calls, strict=True):
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        function(*arguments)
+
+
+def free_ports(n):
+    sockets = [socket.create_server(("localhost", 0)) for _ in range(n)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
 
 
 def together(world, calls):
-    """Let `world` processes make calls of function(flags), one after the other."""
+    """Let `world` processes make calls of function(*arguments), one after the other."""
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "torch._dynamo", "torch.distributed.fsdp", "matplotlib.pyplot"])
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    processes = [context.Process(target=work, args=(rank, world, port, calls)) for rank in range(world)]
+    context.set_forkserver_preload(["train", "torch._dynamo", "matplotlib.figure"])
+    ports = free_ports(len(calls))
+    arguments = [(rank, world, ports, calls) for rank in range(world)]
+    processes = [context.Process(target=work, args=a) for a in arguments]
     for process in processes:
         process.start()
     for process in processes:
@@ -49,15 +61,12 @@ def together(world, calls):
     assert [process.exitcode for process in processes] == [0] * world
 
 
-def losses(out):
-    return torch.tensor([json.loads(line)["loss"] for line in (out / "train_log.jsonl").read_text().splitlines()])
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """64 examples: nine batches of 7 and one of a single example, for which four processes have one between them."""
+    """64 examples: nine batches of 7 and one of a single example, which four processes share."""
     folder = tmp_path_factory.mktemp("data")
-    (folder / "a_train.json").write_text("\n".join(json.dumps(r) for r in data.builtin(64, 1)["train"]))
+    records = data.builtin(64, 1)["train"]
+    (folder / "a_train.json").write_text("\n".join(json.dumps(record) for record in records))
     return folder
 
 
@@ -65,57 +74,150 @@ def folder(tmp_path_factory):
 def alone(folder, tmp_path_factory):
     """The runs of one process."""
     out = tmp_path_factory.mktemp("alone")
-    together(1, [(train.train_run, flags(folder, run, out / run)) for run in RUNS])
+    for run in RUNS:
+        train.train(config(folder, run, out / run))
     return out
 
 
+def losses(out):
+    lines = (out / "train_log.jsonl").read_text().splitlines()
+    return torch.tensor([json.loads(line)["loss"] for line in lines], dtype=torch.float64)
+
+
 def check(out, alone):
-    assert losses(out).shape == (20,) and (losses(out) - losses(alone)).abs().max() < 1e-4
+    assert losses(out).shape == (20,)
+    assert (losses(out) - losses(alone)).abs()[:5].max() < 1e-6
+    assert (losses(out) - losses(alone)).abs().max() < 1e-4  # rounding grows
     model, expected = data.load_model(out)[0], data.load_model(alone)[0]
-    for (name, weight), other in zip(model.named_parameters(), expected.parameters()):
+    for (name, weight), other in zip(model.named_parameters(), expected.parameters(), strict=True):
         assert (weight - other).abs().max() < 1e-3, name
 
 
-def first_half(args):
+def first_half(config):
     """Ten steps, of a run that is to have twenty."""
-    steps = train.steps
-    train.steps = lambda *a: islice(steps(*a), 10)
-    train.train_run(args)
-    train.steps = steps
+    batches = train.batches
+    train.batches = lambda *arguments: islice(batches(*arguments), 10)
+    train.train(config)
+    train.batches = batches
 
 
-def generate_in_parts(args):
-    """A model in parts, read from a checkpoint, gives the answers of the whole one, from a gist cache too."""
-    model, tokenizer = train.make_model(args, [])
-    tokens = torch.randint(5, 300, (3, 6), generator=torch.Generator().manual_seed(0))
-    prompt = torch.cat([tokens, torch.full((3, 2), tokenizer.gist_id)], dim=1)
-
-    def answers():
-        return model.generate(tokens, max_new_tokens=8), model.generate(tokens, cache=model.compress(prompt, tokenizer.gist_id), max_new_tokens=8)
-
-    expected = answers()
-    train.shard_model(model, args)
-    n_whole = sum(p.numel() for p in model.parameters())
-    assert sum(p.to_local().numel() for p in model.parameters()) < 0.6 * n_whole
-    assert answers() == expected
+def resumed(config):
+    train.train(replace(config, resume=True))
 
 
-def test_two_processes_train_and_answer_as_one_and_one_goes_on(folder, alone, tmp_path):
-    ways = {"fsdp": [], "ddp": ["--parallel", "ddp"], "recomputed": ["--checkpoint_activations", "--micro_batch", "2"]}
-    calls = [(train.train_run, flags(folder, run, tmp_path / f"{run}-{way}", *more)) for run in RUNS for way, more in ways.items()]
-    calls += [(first_half, flags(folder, run, tmp_path / f"{run}-half")) for run in RUNS]
-    calls += [(generate_in_parts, flags(folder, run, tmp_path / "none", "--init_from", str(alone / run))) for run in RUNS]
-    together(2, calls)
-    together(1, [(train.train_run, flags(folder, run, tmp_path / f"{run}-half", "--resume")) for run in RUNS])
+def count_parts(config):
+    """Every process has its part of the weights and of the optimizer state, and no more."""
+    with train.processes("cpu"):
+        config = train.fill_in(config)
+        records = data.load_instructions(config.data)["train"]
+        model, tokenizer = train.make_model(config, records)
+        n_weights = sum(p.numel() for p in model.parameters())
+        examples, _ = data.make_examples(records, tokenizer, 2, config.arch)
+        make_optimizers, optimizers = train.make_optimizers, []
+        train.make_optimizers = lambda *a: optimizers.extend(make_optimizers(*a)) or optimizers
+        train.fit(model, tokenizer, examples, config)
+        train.make_optimizers = make_optimizers
+        assert sum(p.to_local().numel() for p in model.parameters()) < 0.6 * n_weights
+        state = [x for o in optimizers for s in o.state.values() for x in s.values() if x.ndim]
+        n_state = sum(x.to_local().numel() for x in state)
+        assert len(state) >= len(list(model.parameters())) and n_state < 1.2 * n_weights
+
+
+def count_reductions(config):
+    """Gradients travel between processes once a step, however many micro-batches it has."""
+    with train.processes("cpu"):
+        records = data.load_instructions(config.data)["train"]
+        counts = []
+        for micro_batch in (None, 1):
+            changed = train.fill_in(replace(config, micro_batch=micro_batch, max_steps=1))
+            model, tokenizer = train.make_model(changed, records)
+            examples, _ = data.make_examples(records[:6], tokenizer, 2, changed.arch)
+            train.prepare(model, changed)
+            with torch.profiler.profile() as profile:
+                train.accumulate_gradients(model, examples, tokenizer, changed)
+            names = [event.name for event in profile.events()]
+            counts.append(sum("reduce_scatter" in name for name in names))
+        assert counts[0] == counts[1] > 0
+
+
+def fail(config):
+    """An error in the training leaves no process group behind."""
+    try:
+        with train.processes("cpu"):
+            raise KeyError
+    except KeyError:
+        assert not torch.distributed.is_initialized()
+
+
+def share_the_work(config):
+    """Matrices in parts are orthogonalized as whole ones are, each in one process only."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    with train.processes("cpu"):
+        _, world = train.rank_and_world()
+        done, orthogonalize = [], train.orthogonalize
+        train.orthogonalize = lambda x: done.append(len(x)) or orthogonalize(x)
+        for sizes in ((1, world), (world, 1)):
+            mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("copies", "parts"))
+            for n in (1, 3, 4):
+                x = torch.randn(n, 6, 4, generator=torch.Generator().manual_seed(n))
+                parts = [distribute_tensor(m, mesh, [Replicate(), Shard(0)]) for m in x]
+                done.clear()
+                result = train.orthogonalize_shared(torch.stack(parts))
+                assert done[0] <= -(-n // world)
+                assert [p.to_local().shape for p in result] == [p.to_local().shape for p in parts]
+                assert (result.full_tensor() - orthogonalize(x)).abs().max() < 1e-5
+        train.orthogonalize = orthogonalize
+
+
+def test_two_processes_train_as_one_and_one_goes_on(folder, alone, tmp_path):
+    calls = []
     for run in RUNS:
-        for way in [*ways, "half"]:
+        for way, changes in WAYS.items():
+            out = tmp_path / f"{run}-{way}"
+            calls.append((train.train, config(folder, run, out, **changes)))
+        calls.append((first_half, config(folder, run, tmp_path / f"{run}-half")))
+    together(2, calls)
+    for run in RUNS:
+        resumed(config(folder, run, tmp_path / f"{run}-half"))
+        for way in [*WAYS, "half"]:
             check(tmp_path / f"{run}-{way}", alone / run)
 
 
-def test_four_processes_train_as_one_and_go_on_with_what_two_began(folder, alone, tmp_path):
-    together(2, [(first_half, flags(folder, run, tmp_path / f"{run}-half")) for run in RUNS])
-    together(4, [(train.train_run, flags(folder, run, tmp_path / f"{run}-{way}", *more))
-                 for run in RUNS for way, more in (("new", []), ("half", ["--resume"]))])
+def test_four_processes_train_as_one_and_go_on_with_what_two_or_one_began(folder, alone, tmp_path):
+    halves = {run: config(folder, run, tmp_path / f"{run}-half") for run in RUNS}
+    singles = {run: config(folder, run, tmp_path / f"{run}-single") for run in RUNS}
+    together(2, [(first_half, halves[run]) for run in RUNS])
     for run in RUNS:
-        check(tmp_path / f"{run}-new", alone / run)
-        check(tmp_path / f"{run}-half", alone / run)
+        first_half(singles[run])
+    calls = [(train.train, config(folder, run, tmp_path / f"{run}-new")) for run in RUNS]
+    calls += [(resumed, halves[run]) for run in RUNS]
+    calls += [(resumed, replace(singles[run], parallel="ddp")) for run in RUNS]
+    together(4, calls)
+    for run in RUNS:
+        for way in ("new", "half", "single"):
+            check(tmp_path / f"{run}-{way}", alone / run)
+
+
+@pytest.mark.parametrize("function", [count_parts, count_reductions, share_the_work, fail])
+def test_two_processes_share(function, folder, tmp_path):
+    together(2, [(function, config(folder, run, tmp_path)) for run in RUNS])
+
+
+def test_a_stopped_process_stops_all_of_them_after_the_same_step(folder, alone, tmp_path):
+    together(2, [(stop_the_second, config(folder, "llama", tmp_path))])
+    assert len(losses(Path(tmp_path))) == 5 and (tmp_path / "checkpoint-5").exists()
+
+
+def stop_the_second(config):
+    accumulate_gradients, calls = train.accumulate_gradients, []
+
+    def stop_at_step_5(*arguments):
+        calls.append(1)
+        if len(calls) == 5 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), 15)
+        return accumulate_gradients(*arguments)
+
+    train.accumulate_gradients = stop_at_step_5
+    assert train.train(config) == 15

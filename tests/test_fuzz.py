@@ -1,4 +1,8 @@
-"""Broken files are refused in one line, never with a traceback, a hang, or code that runs: a fixed set of random mutations."""
+"""Broken files are refused in one line: no traceback, no hang, no code that runs.
+
+A fixed set of random mutations of every file that is read.
+"""
+
 import json
 import random
 import shutil
@@ -6,77 +10,98 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 import data
-import eval
-import train
+from model import Llama, LlamaConfig
 
 GOLDEN = Path(__file__).parent / "golden"
-MUTATIONS = 60          # of every kind of directory
+MUTATIONS = 60  # of every kind of directory
+NUMBERS = (b"9", b"0", b"-1", b"99999999999", b"null", b'"x"', b"[]")
+WORDS = (
+    (b'"', b"'"),
+    (b"{", b"["),
+    (b"[", b"{"),
+    (b":", b""),
+    (b"0", b""),
+    (b"llama", b"t5"),
+    (b"true", b"3"),
+)
 
 
 def mutate(content: bytes, rng: random.Random, others: list[bytes]) -> bytes:
-    """Some bytes changed, mostly near the beginning, where headers are; or the end cut off; or text that means something else; or another file."""
-    kind = rng.choice(("flip", "flip", "cut", "swap", "number", "word"))
-    if kind == "cut":
-        return content[:rng.randrange(len(content))]
-    if kind == "swap":
-        return rng.choice(others)
-    if kind == "number":                               # a digit of a size, an offset, a count
-        digits = [i for i, c in enumerate(content[:5000]) if chr(c).isdigit()]
-        at = rng.choice(digits or [0])
-        return content[:at] + rng.choice((b"9", b"0", b"-1", b"99999999999", b"null", b'"x"', b"[]")) + content[at + 1:]
-    if kind == "word":
-        return content.replace(*rng.choice(((b'"', b"'"), (b"{", b"["), (b":", b""), (b"0", b""), (b"llama", b"t5"), (b"true", b"3"), (b"[", b"{"))))
+    """Some bytes changed, mostly near the beginning, where headers are; or worse."""
+    match rng.choice(("flip", "flip", "cut", "swap", "number", "word")):
+        case "cut":
+            return content[: rng.randrange(len(content))]
+        case "swap":
+            return rng.choice(others)
+        case "number":  # a digit of a size, an offset, a count
+            digits = [i for i, c in enumerate(content[:5000]) if chr(c).isdigit()]
+            at = rng.choice(digits or [0])
+            return content[:at] + rng.choice(NUMBERS) + content[at + 1 :]
+        case "word":
+            return content.replace(*rng.choice(WORDS))
     changed = bytearray(content)
     for _ in range(rng.choice((1, 3, 30))):
-        changed[min(int(rng.expovariate(1 / 300)), len(content) - 1)] = rng.randrange(256)
+        at = min(int(rng.expovariate(1 / 300)), len(content) - 1)
+        changed[at] = rng.randrange(256)
     return bytes(changed)
 
 
-def too_slow(*args):
-    raise TimeoutError("a broken file was read for 60 seconds")
+def too_slow(*_):
+    raise AssertionError("a broken file was read for 60 seconds")
+
+
+@pytest.fixture(autouse=True)
+def alarm():
+    """A handler, without which an alarm would end the whole test run without a word."""
+    before = signal.signal(signal.SIGALRM, too_slow)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def fuzz(folder: Path, target: Path, read, seed: int) -> int:
-    """Call read(target) with one file of the folder mutated, again and again. Returns how many were refused."""
+    """Call read(target) with one file of the folder mutated, again and again: how many refused?"""
     rng, refused = random.Random(seed), 0
     files = sorted(f for f in folder.iterdir() if f.suffix not in (".npz", ".csv", ".png"))
     contents = {f.name: f.read_bytes() for f in files}
-    target.mkdir()
-    signal.signal(signal.SIGALRM, too_slow)            # without a handler, an alarm ends the whole test run without a word
-    for f in files:
-        (target / f.name).write_bytes(contents[f.name])
+    shutil.copytree(folder, target)
     for _ in range(MUTATIONS):
         name = rng.choice(sorted(contents))
         (target / name).write_bytes(mutate(contents[name], rng, list(contents.values())))
-        signal.alarm(60)                               # a hang fails the test
+        signal.alarm(60)
         try:
             read(target)
         except data.DataError as error:
             refused += 1
-            assert "\n" not in str(error), error
-        finally:
-            signal.alarm(0)
+            assert "\n" not in str(error) and len(str(error)) < 1000, error
+        signal.alarm(0)
         (target / name).write_bytes(contents[name])
-    shutil.rmtree(target)
     return refused
 
 
-@pytest.mark.parametrize("folder", sorted(f for f in GOLDEN.iterdir() if (f / "config.json").exists()), ids=lambda f: f.name)
+CHECKPOINTS = sorted(f.parent for f in GOLDEN.glob("*/config.json"))
+TOKENIZERS = sorted((GOLDEN / "tokenizers").iterdir())
+
+
+@pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda f: f.name)
 def test_mutated_checkpoints(folder, tmp_path):
     """What is not refused is a model that works."""
+
     def read(target):
         model, _ = data.load_model(target)
-        model.float().generate(data.torch.tensor([[1, 2, 3]]), max_new_tokens=2)
+        model.float().generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2)
 
     assert fuzz(folder, tmp_path / "mutated", read, seed=1) > MUTATIONS / 8
 
 
-@pytest.mark.parametrize("folder", sorted((GOLDEN / "tokenizers").iterdir()), ids=lambda f: f.name)
+@pytest.mark.parametrize("folder", TOKENIZERS, ids=lambda f: f.name)
 def test_mutated_tokenizers(folder, tmp_path):
     def read(target):
-        if tokenizer := data.load_tokenizer(target):
+        tokenizer = data.load_tokenizer(target)
+        if tokenizer is not None:
             tokenizer.decode(tokenizer.encode("Two words,  123 \N{GRINNING FACE}"))
 
     fuzz(folder, tmp_path / "mutated", read, seed=4)
@@ -86,31 +111,25 @@ def test_mutated_tokenizers(folder, tmp_path):
 def run(tmp_path_factory):
     """A run of ours, as train.py leaves it, with its data and its compressed prompt."""
     out = tmp_path_factory.mktemp("run")
-    records = data.builtin(20, 2)
-    tokenizer = data.train_tokenizer(records["train"], 400)
-    model = train.Llama(train.LlamaConfig(vocab_size=tokenizer.vocab_size, d_model=16, n_layers=1, n_heads=1, n_kv_heads=1, d_ff=16))
+    records = data.builtin(20, 2)["train"]
+    tokenizer = data.train_tokenizer(records, 400)
+    shape = dict(d_model=16, n_layers=1, n_heads=1, n_kv_heads=1, d_ff=16)
+    model = Llama(LlamaConfig(vocab_size=tokenizer.vocab_size, **shape))
     model.init_weights()
     data.save_model(out, model, tokenizer, {"condition": "gist", "n_gist": 1, "arch": "llama"})
-    tokens = data.torch.tensor([[5, 6, tokenizer.gist_id]])
-    data.save_cache(out / "lamp.gist", model.compress(tokens, tokenizer.gist_id), model, 1, "lamp")
-    data.save_state(out / "train_state.pt", {"step": 1, "seconds": 1.0, "model": dict(model.named_parameters()), "optimizers": [], "args": {}, "examples": 20})
-    (out / "a_train.json").write_text(json.dumps(records["train"]))
-    (out / "b_train.json").write_text("\n".join(map(json.dumps, records["train"])))
-    (out / "judged.json").write_text(json.dumps({"names": ["a", "b"], "results": [{"choice": "a"}, {"choice": "b"}]}))
+    cache = model.compress(torch.tensor([[5, 6, tokenizer.gist_id]]))
+    data.save_cache(out / "lamp.gist", cache, model, 1, "lamp")
+    (out / "a_train.json").write_text(json.dumps(records))
+    (out / "b_train.jsonl").write_text("\n".join(map(json.dumps, records)))
     return out
 
 
-READERS = {
-    "model": data.load_model, "data": data.load_instructions, "state": lambda run: train.read_state(run / "train_state.pt"),
-    "judgments": lambda run: eval.winrate_of(str(run / "judged.json")),
-}
-
-
-@pytest.mark.parametrize("kind", READERS)
-def test_mutated_runs(kind, run, tmp_path):
-    fuzz(run, tmp_path / "mutated", READERS[kind], seed=2)
+@pytest.mark.parametrize("read", [data.load_model, data.load_instructions])
+def test_mutated_runs(read, run, tmp_path):
+    assert fuzz(run, tmp_path / "mutated", read, seed=2) > 3
 
 
 def test_mutated_gists(run, tmp_path):
     model, _ = data.load_model(run)
-    fuzz(run, tmp_path / "mutated", lambda folder: data.load_cache(folder / "lamp.gist", model, 1), seed=3)
+    read = lambda folder: data.load_cache(folder / "lamp.gist", model, 1)  # noqa: E731
+    assert fuzz(run, tmp_path / "mutated", read, seed=3) > 3

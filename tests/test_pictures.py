@@ -1,131 +1,144 @@
-"""What the gist looks at, the words that TF-IDF keeps, and pictures of results."""
+"""Pictures of results, and what the gist looks at."""
+
 import json
-import math
-import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_compress import make_run
 
 import data
 import eval as evaluation
 
-ROOT = Path(__file__).parent.parent
-SMALL = ["--d_model", "16", "--n_layers", "2", "--n_heads", "2", "--batch_size", "4", "--vocab_size", "400", "--device", "cpu", "--max_steps", "2"]
-
-
-def command(script, *args):
-    return subprocess.run([sys.executable, ROOT / script, *map(str, args)], capture_output=True, text=True, cwd=ROOT)
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Tiny runs of both architectures on built-in records, evaluated as if on the whole built-in data."""
+    """Runs of both architectures with random weights, and metrics as if they were evaluated."""
     folder = tmp_path_factory.mktemp("runs")
-    records = data.builtin(60, 6)
-    for name in ("train", "validation_unseen", "validation_human"):
-        (folder / f"a_{name}.json").write_text(json.dumps(records[name.split("_")[-1]][:60]))
-    for arch, condition, n_gist in (("llama", "gist", 1), ("llama", "gist", 2), ("llama", "pos_control", 1), ("llama", "tfidf", 2), ("t5", "gist", 2), ("t5", "tfidf", 1)):
-        done = command("train.py", *SMALL, "--data", folder, "--arch", arch, "--condition", condition, "--n_gist", n_gist,
-                       "--out_dir", folder / f"{arch}-{condition}-{n_gist}")
-        assert done.returncode == 0, done.stderr
+    for arch, condition, n_gist in (
+        ("llama", "gist", 1),
+        ("llama", "gist", 2),
+        ("llama", "pos_control", 1),
+        ("t5", "gist", 2),
+    ):
+        path = Path(make_run(folder / f"{arch}-{condition}-{n_gist}", arch, condition, n_gist))
+        scores = {"n": 4, "exact_match": 0.5, "rougeL": 0.75, "loss": 1.0}
+        families = {name: dict(scores, n=2) for name in ("double", "next")}
+        metrics = dict(condition=condition, n_gist=n_gist, arch=arch, steps=2)
+        metrics |= {"seen": scores, "unseen": scores | {"families": families}}
+        (path / "metrics.json").write_text(json.dumps(metrics))
+        log = [json.dumps({"step": i, "loss": 4.0 - i}) for i in range(3)]
+        (path / "train_log.jsonl").write_text("\n".join(log))
     return folder
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_recorded_attention_times_the_values_is_what_attention_returns(seed):
-    g = torch.Generator().manual_seed(seed)
-    B, H, T, S, K = (int(torch.randint(1, 6, (), generator=g)) for _ in range(5))
-    q, k, v = (torch.randn(B, heads, n, K, generator=g) for heads, n in ((2 * H, T), (H, S), (H, S)))
-    mask = torch.rand(B, 1, T, S, generator=g) < 0.7
-    mask[..., 0] = True
-    bias = torch.randn(B, 2 * H, T, S, generator=g).masked_fill(~mask, -math.inf)
-    for kwargs in (dict(attn_mask=mask), dict(attn_mask=bias, scale=1.0)):
-        with evaluation.RecordAttention() as record:
-            out = F.scaled_dot_product_attention(q, k, v, **kwargs, enable_gqa=True)
-        weights = record.weights[0]
-        assert torch.allclose(weights @ v.repeat_interleave(2, dim=1), out, atol=1e-6)
-        assert not weights.masked_select(~mask).any()
+def open_prompts(run, instruction="Put lamp at the end."):
+    model, tokenizer, config = evaluation.open_run(str(run), device="cpu")
+    tokens, _ = evaluation.compress_instruction(instruction, model, tokenizer, config)
+    return model, tokenizer, tokens
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_keywords_are_those_of_highest_tf_idf(seed):
-    rng = random.Random(seed)
-    records = [{"instruction": " ".join(rng.choices("abcdefgh", [8, 7, 6, 5, 4, 3, 2, 1], k=rng.randint(1, 9)))} for _ in range(30)]
-    documents = {r["instruction"] for r in records}
-    idf = data.inverse_frequencies(records)
-    for text in documents:
-        words = text.split()
-        score = {w: words.count(w) * math.log(len(documents) / sum(w in d.split() for d in documents)) for w in words}
-        n = rng.randint(1, 3)
-        kept = data.keywords(text.upper() + "!", idf, n).split()
-        assert len(kept) == min(n, len(score)) and kept == sorted(kept, key=words.index)
-        assert all(score[a] >= score[b] - 1e-12 for a in kept for b in score.keys() - set(kept))
+@pytest.mark.parametrize("run", ["llama-gist-2", "t5-gist-2"])
+def test_the_weights_are_those_that_attention_uses(runs, run, monkeypatch):
+    """Weights times values are what torch's attention returns, layer by layer."""
+    model, tokenizer, tokens = open_prompts(runs / run)
+    seen, attention = [], F.scaled_dot_product_attention
+
+    def spy(q, k, v, **kwargs):
+        out = attention(q, k, v, **kwargs)
+        seen.append((v.repeat_interleave(q.shape[1] // v.shape[1], dim=1), out))
+        return out
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    layers = evaluation.attention_weights(model, tokens, tokenizer.gist_id, "gist")
+    assert len(layers) == len(seen) == 2
+    for weights, (v, out) in zip(layers, seen):
+        assert torch.allclose(weights @ v, out, atol=1e-5)
+        assert torch.allclose(weights.sum(dim=-1), torch.ones(1, 2, *tokens.shape), atol=1e-5)
 
 
-def test_a_word_that_no_training_instruction_has_is_the_most_informative():
-    idf = data.inverse_frequencies([{"instruction": "write the list"}, {"instruction": "write a poem"}, {"instruction": "sort the list"}])
-    assert data.keywords("Write the zebra", idf, 1) == "zebra"
-    assert data.keywords("", idf, 1) == "" and data.keywords("write", {}, 2) == "write"
+@pytest.mark.parametrize("run", ["llama-gist-2", "t5-gist-2", "llama-gist-1"])
+@pytest.mark.parametrize("instruction", ["Put lamp at the end.", r"Is $5 more than $3? \frac"])
+def test_attention_is_drawn(runs, run, instruction, tmp_path):
+    file = tmp_path / "a.png"
+    evaluation.attention(str(runs / run), instruction=instruction, out=str(file), device="cpu")
+    assert file.read_bytes().startswith(b"\x89PNG") and list(tmp_path.iterdir()) == [file]
 
 
-@pytest.mark.parametrize("run", ["llama-tfidf-2", "t5-tfidf-1"])
-def test_the_tfidf_model_reads_only_the_keywords_and_the_outputs_show_the_whole_question(runs, run):
-    config = data.read_config(runs / run)["gisting"]
-    _, tokenizer = data.load_model(runs / run)
-    splits = data.load_instructions(str(runs))
-    idf = data.inverse_frequencies(splits["train"])
-    examples, _ = data.make_examples(splits["unseen"], tokenizer, config["n_gist"], config["arch"], idf=idf)
-    for e in examples:
-        assert tokenizer.gist_id not in e.prompt
-        words = tokenizer.decode(e.prompt).removeprefix("Instruction: ").split()
-        assert len(words) == config["n_gist"] and set(words) <= set(data.words_of(e.record["instruction"]))
-    rows = evaluation.read_outputs(runs / run / "outputs-unseen.csv")
-    assert [r["x"] for r in rows] == [evaluation.as_text(r) for r in splits["unseen"]]
+@pytest.mark.parametrize("kind", ["bars", "families", "n_gist", "loss"])
+@pytest.mark.parametrize("ending", ["png", "pdf"])
+def test_results_of_runs_are_drawn(runs, kind, ending, tmp_path):
+    out = tmp_path / f"r.{ending}"
+    evaluation.plot([str(p) for p in sorted(runs.iterdir())], kind=kind, out=str(out))
+    assert out.stat().st_size > 1000 and list(tmp_path.iterdir()) == [out]
 
 
-@pytest.mark.parametrize("run, n", [("llama-gist-2", 2), ("t5-gist-2", 2), ("llama-gist-1", 1)])
-def test_attention_is_drawn_for_both_architectures(runs, run, n, tmp_path):
-    done = command("eval.py", "attention", runs / run, "--instruction", "Put lamp at the end.", "--out", tmp_path / "a.png", "--words", 3)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and [f.name for f in tmp_path.iterdir()] == ["a.png"]
-    assert sum("gist" in line and line.count("0.") + line.count("1.") >= 3 for line in done.stdout.splitlines()) == n
+def drawn_axes(monkeypatch, runs, **options):
+    kept = []
+    monkeypatch.setattr(data, "save_figure", lambda figure, file: kept.append(figure))
+    evaluation.plot([str(p) for p in sorted(runs.iterdir())], **options)
+    return kept[0].axes[0]
 
 
-def test_results_are_drawn(runs, tmp_path):
-    paths = [runs / name for name in ("llama-gist-1", "llama-gist-2", "llama-pos_control-1", "t5-gist-2")]
-    for kind in ("bars", "n_gist"):
-        done = command("eval.py", "plot", *paths, "--kind", kind, "--out", tmp_path / f"{kind}.png")
-        assert done.returncode == 0, done.stderr
-        assert (tmp_path / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
-    groups = {"families": {"double": 1.0, "next": 0.5}, "n_words": {"0": 1.0}}
-    metrics = json.loads((paths[0] / "metrics.json").read_text())
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics | {"unseen": metrics["unseen"] | groups}))
-    (tmp_path / "j.json").write_text(json.dumps({"names": {"a": "x", "b": "y"}, "results": [{"choice": "a"}, {"choice": "tie"}]}))
-    for kind, result in (("families", "run"), ("winrates", "j.json")):
-        done = command("eval.py", "plot", tmp_path / result, "--kind", kind, "--out", tmp_path / f"{kind}.png")
-        assert done.returncode == 0 and (tmp_path / f"{kind}.png").exists(), done.stderr
+def test_bars_have_a_color_for_every_run_and_reach_their_values(runs, monkeypatch):
+    ax = drawn_axes(monkeypatch, runs, kind="families", metric="exact_match")
+    assert len(ax.containers) == 4
+    assert len({bars[0].get_facecolor() for bars in ax.containers}) == 4
+    assert {bar.get_height() for bars in ax.containers for bar in bars} == {50.0}
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["double (2)", "next (2)"]
+    assert ax.get_ylim() == (0, 100)
 
 
-@pytest.mark.parametrize("args, complaint", [
-    (["plot", "nowhere"], "eval.py run nowhere"),
-    (["plot", "nowhere.json", "--kind", "winrates"], "nowhere.json"),
-    (["plot", "{runs}/llama-gist-1", "--kind", "families"], "built-in"),
-    (["plot", "{runs}/llama-gist-1", "--out", "/nowhere/a.png"], "cannot write"),
-    (["plot", "{runs}/llama-gist-1", "--out", "a.txt.zzz"], "cannot write"),
-    (["attention", "{runs}/llama-gist-1", "--instruction", " "], "empty"),
-    (["attention", "{runs}/llama-tfidf-2", "--instruction", "x"], "cannot compress"),
-    (["attention", "nowhere", "--instruction", "x"], "no such directory"),
-])
-def test_a_mistake_ends_in_one_line(runs, args, complaint):
-    done = command("eval.py", *(a.format(runs=runs) for a in args))
-    assert done.returncode == 2 and complaint in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+def test_lines_over_n_gist_join_the_runs_of_a_condition(runs, monkeypatch):
+    ax = drawn_axes(monkeypatch, runs, kind="n_gist", metric="rougeL")
+    lines = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()}
+    assert lines["llama gist, unseen"] == [[1, 75], [2, 75]]
+    assert lines["llama pos_control, seen"] == [[1, 75]] and len(lines) == 6
 
 
-def test_exact_match_by_group():
-    examples = [data.Example([], [], [], {"source": s, "output": o}) for s, o in (("a", "x"), ("b", "x"), ("a", "y"))]
-    assert evaluation.by_group(examples, ["x", "x", "x"], "source") == {"a": 0.5, "b": 1.0}
+def test_win_rates_are_drawn(tmp_path):
+    results = [{"choice": "a"}, {"choice": "tie"}]
+    content = {"names": {"a": "x", "b": "y"}, "results": results}
+    (tmp_path / "j.json").write_text(json.dumps(content))
+    out = tmp_path / "w.png"
+    evaluation.plot([str(tmp_path / "j.json")], kind="winrates", out=str(out))
+    assert out.stat().st_size > 1000
+
+
+def test_dollars_stay_dollars(runs, monkeypatch):
+    from matplotlib.text import Text
+
+    kept = []
+    monkeypatch.setattr(data, "save_figure", lambda figure, file: kept.append(figure))
+    text = r"Is $5 more than $3? \frac"
+    evaluation.attention(str(runs / "llama-gist-1"), instruction=text, device="cpu")
+    shown = [t for t in kept[0].findobj(Text) if "$" in t.get_text()]
+    assert shown and not any(t.get_parse_math() for t in shown)
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["plot", "nowhere"], "eval.py run nowhere"),
+        (["plot", "nowhere.json", "--kind", "winrates"], "nowhere.json"),
+        (["plot", "nowhere", "--kind", "loss"], "nowhere"),
+        (["plot", "{runs}/llama-gist-1", "--metric", "bleu"], "bleu"),
+        (["plot", "{runs}/llama-gist-1", "--out", "/nowhere/a.png"], "/nowhere/a.png"),
+        (["plot", "{runs}/llama-gist-1", "--out", "a.txt.zzz"], "zzz"),
+        (["plot", "{runs}/llama-gist-1", "--out", "."], "results.png"),
+        (["plot", "{runs}/llama-gist-1", "--out", "picture"], "picture"),
+        (["attention", "{runs}/llama-gist-1", "--instruction", " "], "empty"),
+        (["attention", "{runs}/llama-pos_control-1", "--instruction", "x"], "cannot compress"),
+        (["attention", "nowhere", "--instruction", "x"], "nowhere"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(runs, args, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["eval.py", *(a.format(runs=runs) for a in args)])
+    with pytest.raises(SystemExit) as stop:
+        data.run(evaluation.main)
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and says in printed and len(printed.splitlines()) == 1, printed
+    assert not any(tmp_path.iterdir())

@@ -1,9 +1,12 @@
-"""A run that is stopped, killed, or out of disk space loses nothing, and ends with the weights of one that was not."""
+"""A run that was stopped, killed or out of disk space ends with the weights of one that was not."""
+
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,39 +18,47 @@ import pytest
 import data
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--d_model", "16", "--n_layers", "1", "--n_heads", "2", "--batch_size", "4", "--vocab_size", "400", "--device", "cpu", "--no_eval"]
+SMALL = ["--d_model", "16", "--n_layers", "1", "--n_heads", "2", "--batch_size", "4"]
+SMALL += ["--vocab_size", "400", "--device", "cpu", "--no_eval"]
 KILLS = 20
+
+
+def write_records(file, records):
+    file.write_text("\n".join(json.dumps(record) for record in records))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    (folder / "a_train.json").write_text("\n".join(json.dumps(r) for r in data.builtin(60, 1)["train"]))
+    write_records(folder / "a_train.json", data.builtin(60, 1)["train"])
     return folder
 
 
 def flags(folder, out, steps=80, save_every=2):
-    return [*SMALL, "--data", str(folder), "--out_dir", str(out), "--max_steps", str(steps), "--save_every", str(save_every)]
+    out_flags = ["--out_dir", out, "--max_steps", steps, "--save_every", save_every]
+    return [*SMALL, "--data", str(folder), *map(str, out_flags)]
 
 
-def run_train(argv, told, limit):
-    os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+def run_train(argv, stderr, limit):
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     sys.argv = ["train.py", *argv]
     import train
+
     data.run(train.main)
 
 
 @pytest.fixture(scope="module")
 def start():
-    """start(argv) begins `python train.py argv` in a process of its own, but without the seconds that importing torch takes."""
+    """start(argv) begins `python train.py argv` without the seconds that importing torch takes."""
     os.environ["OMP_NUM_THREADS"] = "1"
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["train", "torch._dynamo", "matplotlib.pyplot"])
+    processes.set_forkserver_preload(["train", "torch._dynamo", "matplotlib.figure"])
 
-    def start(argv, told=os.devnull, limit=None):
-        process = processes.Process(target=run_train, args=([str(a) for a in argv], str(told), limit))
+    def start(argv, stderr=os.devnull, limit=None):
+        arguments = ([str(a) for a in argv], str(stderr), limit)
+        process = processes.Process(target=run_train, args=arguments)
         process.start()
         return process
 
@@ -56,92 +67,193 @@ def start():
 
 @pytest.fixture
 def finish(start, tmp_path):
-    """finish(argv, limit) gives the exit status, and the last line it tells, of a run that may write files of `limit` bytes."""
+    """finish(argv, limit): status and last line of a run that may write files of `limit` bytes."""
+
     def finish(argv, limit=None):
-        told = tmp_path / "told"
-        process = start(argv, told, limit)
+        stderr = tmp_path / "stderr"
+        process = start(argv, stderr, limit)
         process.join()
-        assert "Traceback" not in told.read_text()
-        return process.exitcode, told.read_text().splitlines()[-1]
+        assert "Traceback" not in stderr.read_text()
+        return process.exitcode, stderr.read_text().splitlines()[-1]
 
     return finish
 
 
-def saved(state):
-    """Changes with every checkpoint."""
-    return state.stat().st_mtime_ns if state.exists() else None
+def checkpoints(out):
+    return {folder.name for folder in out.glob("checkpoint-*[0-9]")}
 
 
-def test_a_run_killed_at_random_moments_ends_with_the_same_weights_and_log(start, finish, folder, tmp_path):
+def test_a_run_killed_at_random_moments_ends_with_the_same_weights_and_log(
+    start, finish, folder, tmp_path
+):
     assert finish(flags(folder, tmp_path / "whole"))[0] == 0
     out, rng, seen = tmp_path / "killed", random.Random(), set()
-    log, state = out / "train_log.jsonl", out / "train_state.pt"
+    log = out / "train_log.jsonl"
     for kill in range(KILLS):
-        process, old = start(flags(folder, out) + ["--resume"] * log.exists()), saved(state)
-        while kill % 2 and saved(state) == old and process.is_alive():   # every other time: wait until it trains
+        before = checkpoints(out)
+        process = start(flags(folder, out) + ["--resume"] * log.exists())
+        # Every other time, wait until it trains.
+        while kill % 2 and checkpoints(out) <= before and process.is_alive():
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.2))
         process.kill()
         process.join()
+        if process.exitcode == 0:  # it was faster than we
+            break
         assert process.exitcode == -signal.SIGKILL
-        seen.add(saved(state))
+        assert checkpoints(out) or not before, "the last checkpoint is gone"
+        seen |= checkpoints(out)
     assert finish(flags(folder, out) + ["--resume"] * log.exists())[0] == 0
-    assert len(seen) > KILLS / 4
+    assert len(seen) > 5
     for name in ("model.safetensors", "train_log.jsonl"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert not list(out.glob("*.tmp"))
+    assert checkpoints(out) == {"checkpoint-80"} and not list(out.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_how_to_go_on(number, status, folder, tmp_path):
+def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_how_to_go_on(
+    number, status, folder, tmp_path
+):
     out = tmp_path / "a run"
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags(folder, out, 100_000, 100_000)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while not (out / "train_log.jsonl").exists():
+    command = [sys.executable, ROOT / "train.py", *flags(folder, out, 100_000, 100_000)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    log = out / "train_log.jsonl"
+    while not log.exists() or not log.stat().st_size:
         time.sleep(0.05)
-    time.sleep(1)
     process.send_signal(number)
-    _, told = process.communicate()
-    state = data.torch.load(out / "train_state.pt", weights_only=True)
-    assert process.returncode == status and 0 < state["step"] < 100_000
-    assert len((out / "train_log.jsonl").read_text().splitlines()) == state["step"]
-    last = told.splitlines()[-1]
-    assert last.startswith("stopped and saved") and last.endswith("--resume") and f"'{out}'" in last and "Traceback" not in told
+    _, stderr = process.communicate()
+    assert process.returncode == status
+    (name,) = checkpoints(out)
+    steps = int(name.removeprefix("checkpoint-"))
+    assert 0 < steps < 100_000 and len(log.read_text().splitlines()) == steps
+    config = json.loads((out / "config.json").read_text())
+    assert config["gisting"]["steps"] == steps and (out / "model.safetensors").exists()
+    last = stderr.splitlines()[-1]
+    assert last.startswith("stopped and saved") and "--resume" in last
+    assert "Traceback" not in stderr
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_when_there_is_space(finish, folder, tmp_path):
-    run, full = tmp_path / "whole", tmp_path / "full"
-    assert finish(flags(folder, run, steps=8))[0] == 0
+def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_when_there_is_space(
+    finish, folder, tmp_path
+):
+    whole, full = tmp_path / "whole", tmp_path / "full"
+    assert finish(flags(folder, whole, steps=8))[0] == 0
     argv = flags(folder, full, steps=8)
-    assert finish(argv, limit=20_000)[0] == 2                             # not even the first checkpoint has space
-    assert not (full / "train_state.pt").exists()
-    status, told = finish(argv + ["--resume"], limit=20_000)
-    assert status == 2 and "train_state.pt" in told and "free space" in told
-    assert not list(full.glob("*.tmp"))
+    status, line = finish(argv, limit=30_000)  # not even the first checkpoint has space
+    assert status == 2 and "checkpoint-2" in line and "free space" in line
+    assert not checkpoints(full) and not list(full.glob("*.tmp"))
+    assert finish(argv[:-3] + ["4", "--save_every", "4"])[0] == 2  # other flags, nothing deleted
+    assert finish(argv + ["--resume"], limit=30_000)[0] == 2
     assert finish(argv + ["--resume"])[0] == 0
-    assert (full / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
-    before = (full / "train_state.pt").read_bytes()
-    assert finish(argv + ["--resume"], limit=20_000)[0] == 2              # nothing left to train, no space to save
-    assert (full / "train_state.pt").read_bytes() == before
+    weights = (whole / "model.safetensors").read_bytes()
+    assert (full / "model.safetensors").read_bytes() == weights
+    assert finish(argv + ["--resume"], limit=30_000)[0] == 2  # no space for the weights again
+    assert checkpoints(full) == {"checkpoint-8"}
+    assert finish(argv + ["--resume"])[0] == 0
+    assert (full / "model.safetensors").read_bytes() == weights
 
 
-def test_only_the_same_run_is_resumed(finish, folder, tmp_path):
+def test_weights_are_on_disk_once_while_a_run_goes_on(start, finish, folder, tmp_path):
     out = tmp_path / "run"
-    argv = [*flags(folder, out, steps=4), "--resume"]
-    assert finish(argv[:-1])[0] == 0
-    before = {f.name: f.read_bytes() for f in out.iterdir()}
-    for more, says in ((["--lr", "1e-4"], "--lr 0.003"), (["--max_steps", "6"], "--max_steps 4"), (["--n_gist", "2"], "--n_gist 1")):
-        status, told = finish(argv + more)
-        assert status == 2 and says in told
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "a_train.json").write_text("\n".join((folder / "a_train.json").read_text().splitlines()[:50]))
-    (folder / "a_train.json").rename(folder / "kept")
-    (folder / "a_train.json").write_text((tmp_path / "other" / "a_train.json").read_text())
-    status, told = finish(argv)
-    (folder / "kept").rename(folder / "a_train.json")
-    assert status == 2 and "50" in told and "60" in told
-    (out / "train_state.pt").write_bytes(before["train_state.pt"][:1000])
-    status, told = finish(argv)
-    assert status == 2 and "cannot be read" in told
-    (out / "train_state.pt").unlink()
-    assert finish(argv)[0] == 2
-    assert {f.name: f.read_bytes() for f in out.iterdir()} | {"train_state.pt": before["train_state.pt"]} == before
+    assert finish(flags(folder, out, steps=2))[0] == 0
+    shutil.rmtree(out)
+    process = start(flags(folder, out, steps=100_000, save_every=3))
+    while len(checkpoints(out)) < 1:
+        time.sleep(0.01)
+    assert not (out / "model.safetensors").exists()
+    with pytest.raises(data.DataError, match="--resume"):
+        data.load_model(out)
+    process.terminate()  # stopped: now the weights are there
+    process.join()
+    assert (out / "model.safetensors").exists()
+    process = start([*flags(folder, out, steps=100_000, save_every=3), "--resume"])
+    while (out / "model.safetensors").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+
+
+@pytest.fixture
+def finished(finish, folder, tmp_path):
+    """A finished run, the flags that resume it, and all of its files."""
+    out = tmp_path / "run"
+    argv = flags(folder, out, steps=4)
+    assert finish(argv)[0] == 0
+    return out, [*argv, "--resume"], contents(out)
+
+
+def contents(out):
+    return {str(f.relative_to(out)): f.read_bytes() for f in out.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        (["--lr", "1e-4"], "lr 0.003"),
+        (["--max_steps", "6"], "max_steps 4"),
+        (["--n_gist", "2"], "n_gist 1"),
+    ],
+)
+def test_only_the_same_run_is_resumed(more, says, finish, finished):
+    out, argv, before = finished
+    status, line = finish(argv + more)
+    assert status == 2 and says in line and contents(out) == before
+
+
+def test_other_texts_of_the_same_number_are_not_resumed(finish, finished, folder):
+    out, argv, before = finished
+    file = folder / "a_train.json"
+    records = file.read_text()
+    write_records(file, data.builtin(60, 1, seed=1)["train"])
+    status, line = finish(argv)
+    file.write_text(records)
+    assert status == 2 and "data" in line and contents(out) == before
+
+
+def test_a_resumed_run_keeps_its_tokenizer(finish, folder, tmp_path):
+    """Even if training one again would give another."""
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    assert finish(flags(folder, whole, steps=4))[0] == 0
+    assert finish(flags(folder, out, steps=4), limit=30_000)[0] == 2
+    other = data.train_tokenizer(data.builtin(60, 1, seed=1)["train"], 400)
+    assert finish([*flags(folder, out, steps=4), "--overwrite"])[0] == 0
+    tokenizer = out / "tokenizer.model"
+    assert tokenizer.read_bytes() != other.files["tokenizer.model"]
+    tokenizer.write_bytes(other.files["tokenizer.model"])  # other ids: other training data
+    status, line = finish([*flags(folder, out, steps=4), "--resume"])
+    assert status == 2 and "data_hash" in line
+    assert tokenizer.read_bytes() == other.files["tokenizer.model"]
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch was_here",)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "run.json"])
+@pytest.mark.parametrize("change", ["cut", "garbage", "code", "missing"])
+def test_a_broken_or_malicious_checkpoint_ends_in_one_line_and_runs_no_code(
+    name, change, finish, finished, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    out, argv, before = finished
+    file = out / "checkpoint-4" / name
+    if change == "missing":
+        file.unlink()
+    else:
+        content = file.read_bytes()
+        new = {"cut": content[: len(content) // 2], "garbage": b"\x80\x04x\xff" * 50}
+        new["code"] = pickle.dumps(Malicious())
+        file.write_bytes(new[change])
+    after = contents(out)
+    status, line = finish(argv)
+    assert status == 2 and "checkpoint-4" in line
+    assert contents(out) == after and not list(tmp_path.rglob("was_here"))
+
+
+def test_a_run_without_its_checkpoint_cannot_be_resumed(finish, finished):
+    out, argv, _ = finished
+    shutil.rmtree(out / "checkpoint-4")
+    before = contents(out)
+    status, line = finish(argv)
+    assert status == 2 and "nothing to resume" in line and contents(out) == before

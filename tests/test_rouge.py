@@ -1,4 +1,5 @@
 """ROUGE by hand against golden numbers of rouge-score 0.1.2 and NLTK (tests/golden/make_rouge.py makes them)."""
+
 import json
 import random
 from itertools import combinations
@@ -17,7 +18,9 @@ def test_stems_are_those_of_nltk():
 
 
 def test_scores_are_those_of_rouge_score():
-    for prediction, reference, *golden in json.loads((GOLDEN / "rouge.json").read_text(encoding="utf-8")):
+    for prediction, reference, *golden in json.loads(
+        (GOLDEN / "rouge.json").read_text(encoding="utf-8")
+    ):
         scores = list(rouge(prediction, reference).values())
         assert scores == pytest.approx(golden, rel=0, abs=1e-9), (prediction, reference)
 
@@ -26,9 +29,13 @@ def test_rougeL_finds_the_longest_common_subsequence():
     rng = random.Random(0)
     for _ in range(50):
         a, b = (rng.choices("xyz", k=rng.randint(1, 7)) for _ in range(2))
-        subsequences = [{c for n in range(8) for c in combinations(words, n)} for words in (a, b)]  # of a, of b
+        subsequences = [
+            {c for n in range(8) for c in combinations(words, n)} for words in (a, b)
+        ]  # of a, of b
         longest = max(map(len, subsequences[0] & subsequences[1]))
-        assert rouge(" ".join(a), " ".join(b))["rougeL"] == pytest.approx(2 * longest / (len(a) + len(b)))
+        assert rouge(" ".join(a), " ".join(b))["rougeL"] == pytest.approx(
+            2 * longest / (len(a) + len(b))
+        )
 
 
 @pytest.mark.parametrize("empty", ["", " \n", "!?", "日本語"])

@@ -1,0 +1,95 @@
+"""A cartridge: gradient descent on one prompt's gist itself, with the model frozen.
+
+    python -m tests.exercises.cartridge out/llama-gist-1 --kind replace        # minutes
+
+A gist model writes a prompt into the keys and values of one token in a single forward pass. What
+could that token hold at best? Take one instruction and examples of it, start from the gist that the
+model writes, and train these keys and values alone to answer the examples (Eyuboglu et al. 2025,
+"Cartridges", arXiv 2506.06266). Both are then tested on other inputs: if the trained one is right
+where the written one is not, then the token has room, and it is the writing that fails.
+
+Needs a LLaMA run. The model copies a cache before it goes on from it, so gradients flow back into
+the cache's keys and values like into any other input.
+"""
+
+import argparse
+import random
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import data
+import eval
+from model import IGNORE_INDEX, Cache, Llama
+
+
+def cached_loss(model: Llama, cache: Cache, examples: list[data.Example]) -> Tensor:
+    """Cross-entropy per label of examples that go on from a cache of one row."""
+    rows = [e.input + e.output for e in examples]
+    labels = [[IGNORE_INDEX] * (len(e.input) - 1) + e.output + [IGNORE_INDEX] for e in examples]
+    tokens, _ = data.pad(rows, 0)  # (B, T) padded on the right, where no token sees it
+    targets, _ = data.pad(labels, IGNORE_INDEX)  # (B, T)
+    device = cache.keys.device
+    logits = model(tokens.to(device), cache=cache[[0] * len(rows)])  # (B, T, V)
+    return F.cross_entropy(
+        logits.flatten(0, 1), targets.to(device).flatten(), ignore_index=IGNORE_INDEX
+    )
+
+
+def train_cartridge(
+    model: Llama, gist: Cache, examples: list[data.Example], steps: int, lr: float
+) -> Cache:
+    """Move a gist's keys and values to where the examples are answered best."""
+    model.requires_grad_(False)
+    keys, values = gist.keys.clone().requires_grad_(), gist.values.clone().requires_grad_()
+    optimizer = torch.optim.Adam([keys, values], lr=lr)
+    for step in range(steps):
+        loss = cached_loss(model, replace(gist, keys=keys, values=values), examples)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 50 == 0:
+            print(f"step {step}: loss {loss.item():.3f}", flush=True)
+    return replace(gist, keys=keys.detach(), values=values.detach())
+
+
+def exact_match(model: Llama, tokenizer, cache: Cache, examples: list[data.Example]) -> float:
+    """The share of examples that are answered right from a cache of one row."""
+    inputs = eval.pad_left([e.input for e in examples], model, tokenizer)
+    rows = cache[[0] * len(examples)]
+    new = model.generate(*inputs, cache=rows, max_new_tokens=32, eos_id=tokenizer.eos_id)
+    texts = [tokenizer.decode(ids).strip() for ids in new]
+    right = [text == e.record["output"] for text, e in zip(texts, examples, strict=True)]
+    return sum(right) / len(right)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train one prompt's gist, the model frozen.")
+    parser.add_argument("run", help="a LLaMA gist run of train.py")
+    parser.add_argument("--kind", default="replace", choices=data.KINDS)
+    parser.add_argument("--instructions", type=int, default=3)
+    parser.add_argument("--n_train", type=int, default=64)
+    parser.add_argument("--n_test", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--lr", type=float, default=0.02)
+    flags = parser.parse_args()
+    model, tokenizer, config = eval.open_run(flags.run)
+    rng = random.Random(0)
+    for _ in range(flags.instructions):
+        task = data.one_step(rng, flags.kind)
+        n = flags.n_train + flags.n_test
+        records = [data.make_record(task, rng) for _ in range(n)]
+        examples = [data.layout(record, tokenizer, config["n_gist"]) for record in records]
+        to_train, to_test = examples[: flags.n_train], examples[flags.n_train :]
+        prompt = eval.pad_left([examples[0].prompt], model, tokenizer)
+        gist = eval.compress_prompts(model, *prompt, tokenizer.gist_id)
+        cartridge = train_cartridge(model, gist, to_train, flags.steps, flags.lr)
+        print(task.text)
+        for name, cache in (("written", gist), ("trained", cartridge)):
+            print(f"  {name}: {100 * exact_match(model, tokenizer, cache, to_test):.1f} % right")
+
+
+if __name__ == "__main__":
+    data.run(main)

@@ -1,0 +1,103 @@
+"""Gist pretraining: learn to compress running text first, instructions afterwards.
+
+    python -m tests.exercises.gist_pretraining --max_steps 1000 --out_dir out/pretrained
+    python train.py --n_gist 1 --init_from out/pretrained --optimizer muon --lr 3e-3 --max_steps 500
+
+Text is cut anywhere into a span and the 32 tokens that follow it. Gist tokens stand between, and
+the model learns the continuation under the gist mask: what it needs of the span has to go through.
+The text is that of the built-in instructions, or --text, a file or a directory of *.txt files. With
+--init_from, a pretrained model goes on from its own weights.
+
+    Reverse the list. fox cup sun ... <G> Output: sun cup fox Put lamp at the end. ...
+
+Results of the full runs with an earlier version of this program (17 minutes on a busy core), exact
+match on unseen instructions in percent, one seed, after so many steps of gist training:
+
+                                                500   1,000   1,500   2,000   3,000
+    from random weights                        51.8    82.0    86.6    88.2    89.6
+    from 1,000 steps of gist pretraining       70.0    86.2    88.6
+
+It teaches something that carries over: the same exact match in two thirds of the steps. But its own
+1,000 steps cost more than they save, so it only pays if one pretrained model serves several
+trainings. On SmolLM2-135M (100 steps of 8 on the texts of 1,700 Alpaca+ training examples, before
+213 steps of gist training) it did not help: loss 1.918 on unseen and 2.842 on human instructions,
+against 1.908 and 2.805 without.
+"""
+
+import argparse
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import data
+import train
+
+SPAN = range(4, 65)  # tokens to compress
+CONTINUATION = 32  # tokens to predict
+
+
+def lines_of(path: str | None, seed: int) -> Iterator[str]:
+    """The lines of a text file, or of all *.txt files in a directory; None: the built-in text."""
+    if path is None:
+        for record in data.builtin(seed=seed)["train"]:
+            yield f"{record['instruction']} {record['input']} {record['output']}"
+        return
+    files = sorted(Path(path).rglob("*.txt")) if Path(path).is_dir() else [Path(path)]
+    for file in files:
+        with open(file, encoding="utf-8", errors="replace") as lines:
+            yield from lines
+
+
+def text_examples(
+    path: str | None, tokenizer, n_gist: int, arch: str, n: int, seed: int = 0
+) -> list[data.Example]:
+    """n pairs of a span and its continuation, from as many readings of the text as it takes.
+
+    Raises data.DataError if the text is too short to cut.
+    """
+    rng = random.Random(seed)
+    empty = {"instruction": "", "input": "", "output": ""}
+    given = data.layout(empty, tokenizer, n_gist, arch).input
+    start = [] if arch == "t5" or tokenizer.bos_id is None else [tokenizer.bos_id]
+    gist = [tokenizer.gist_id] * n_gist
+    examples, tokens = [], []
+    while len(examples) < n:
+        before = len(examples)
+        for line in lines_of(path, seed):
+            if line.strip():
+                tokens += tokenizer.encode(tokenizer.prefix + line.strip())
+            while len(tokens) >= SPAN[-1] + CONTINUATION and len(examples) < n:
+                end = rng.choice(SPAN)
+                prompt = start + tokens[:end] + gist
+                output = tokens[end : end + CONTINUATION]
+                examples.append(data.Example(prompt, given, output, empty))
+                tokens = tokens[rng.randint(1, end + CONTINUATION) :]  # cut anywhere next
+            if len(examples) == n:
+                break
+        if len(examples) == before:
+            raise data.DataError(f"{path}: too little text to learn from; give more")
+    return examples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Learn to compress running text.")
+    parser.add_argument("--text", help="a file or a directory of *.txt (the built-in text)")
+    parser.add_argument("--init_from", help="start from this checkpoint (random weights)")
+    parser.add_argument("--arch", default="llama", choices=("llama", "t5"))
+    parser.add_argument("--n_gist", type=int, default=1)
+    parser.add_argument("--max_steps", type=int, default=1000)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--out_dir", default="out/pretrained")
+    config = vars(parser.parse_args())
+    text = config.pop("text")
+    config = train.fill_in(train.Config(**config, no_eval=True))
+    records = data.load_instructions("builtin")["train"]
+    model, tokenizer = train.make_model(config, records)
+    n = config.max_steps * config.batch_size
+    examples = text_examples(text, tokenizer, config.n_gist, config.arch, n, config.seed)
+    train.fit(model, tokenizer, examples, config, out_dir=Path(config.out_dir))
+
+
+if __name__ == "__main__":
+    data.run(main)

@@ -1,0 +1,93 @@
+"""Change one entry of the gist mask's table: what changes, and is a cached gist still exact?
+
+    python -m tests.exercises.live_table        # seconds, on models with random weights
+
+For each of the nine entries, flipped: does an encoder's mask change, does a decoder's; and how far
+are the logits of the input, computed from a cache of the gist's columns alone, from those of the
+whole row under the mask? Flipping an entry can take three things away:
+
+- input -> prompt: the input sees the prompt, of which the gist's columns are only a part. The cache
+  has to keep every column (`eval.kept_columns` does), and is exact, but no longer small.
+- prompt -> input, gist -> input: in an encoder, what the gist holds depends on the input, so that
+  nothing can be computed before it is there. (A decoder's tokens see no later ones: no change.)
+- input -> gist: the cache is exact, but its columns are not seen any more: nothing has to be kept.
+
+The others change what the gist holds, and training would notice; a cached gist stays exact.
+"""
+
+import torch
+
+import gist_mask
+from model import Llama, LlamaConfig
+from t5 import T5, T5Config
+
+G = 9  # the gist token's id
+ROW = torch.tensor([[1, 2, 3, G, G, 4, 5, 6]])  # prompt, two gist tokens, input
+N_PROMPT = 5  # tokens up to the last gist token
+SEGMENTS = ("prompt", "gist", "input")
+
+
+def flipped(query: int, key: int) -> str:
+    """Add a condition to TABLE: gist with one entry flipped. Returns its name."""
+    table = [list(row) for row in gist_mask.TABLE["gist"]]
+    table[query][key] = 1 - table[query][key]
+    name = f"{SEGMENTS[query]} -> {SEGMENTS[key]}"
+    gist_mask.TABLE[name] = table
+    return name
+
+
+@torch.no_grad()
+def error_of_cached_gist(model: Llama | T5, condition: str) -> float:
+    """The largest difference between the logits of the input from the gist alone and those of the
+    whole row."""
+    prompt, given = ROW[:, :N_PROMPT], ROW[:, N_PROMPT:]
+    is_gist = prompt[0] == G
+    columns = torch.cat([is_gist, torch.ones(given.shape[1], dtype=torch.bool)])
+    positions = gist_mask.positions(ROW, G)
+    until_next = positions[:, : N_PROMPT + 1]
+    is_t5 = isinstance(model, T5)
+    make_mask = gist_mask.encoder_mask if is_t5 else gist_mask.decoder_mask
+    mask = make_mask(ROW, G, condition)
+    cache = model.compress(
+        prompt, mask=make_mask(prompt, G, condition), positions=until_next, keep=is_gist
+    )
+    rest = mask[:, :, N_PROMPT:, columns]
+    if is_t5:
+        target = torch.tensor([[0, 4, 5]])
+        cross_mask = gist_mask.cross_mask(ROW, G, condition)
+        whole = model(ROW, target, mask, cross_mask, positions=positions)
+        cached = model(given, target, rest, cross_mask[..., columns], cache=cache)
+    else:
+        whole = model(ROW, mask, positions)[:, N_PROMPT:]
+        cached = model(given, rest, cache=cache)
+    return (whole - cached).abs().max().item()
+
+
+def small_models() -> tuple[Llama, T5]:
+    shape = dict(vocab_size=10, d_model=32, n_layers=2, n_heads=2, head_dim=16, d_ff=64)
+    llama = Llama(LlamaConfig(**shape, n_kv_heads=2))
+    t5 = T5(T5Config(**shape, n_decoder_layers=2))
+    for model in (llama, t5):
+        model.init_weights(torch.Generator().manual_seed(0))
+        model.eval()
+    return llama, t5
+
+
+def main() -> None:
+    llama, t5 = small_models()
+    print("flipped             mask changes:   encoder  decoder    gist is off by:    T5     LLaMA")
+    for query in range(3):
+        for key in range(3):
+            name = flipped(query, key)
+            changes = []
+            for make_mask in (gist_mask.encoder_mask, gist_mask.decoder_mask):
+                same = torch.equal(make_mask(ROW, G, name), make_mask(ROW, G, "gist"))
+                changes.append("no" if same else "yes")
+            errors = [error_of_cached_gist(model, name) for model in (t5, llama)]
+            print(
+                f"{name:34}{changes[0]:>9}{changes[1]:>9}        {errors[0]:12.1e}{errors[1]:10.1e}"
+            )
+
+
+if __name__ == "__main__":
+    main()

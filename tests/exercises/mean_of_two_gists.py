@@ -1,0 +1,54 @@
+"""A gist is not text: walk from the gist of one prompt to the gist of another.
+
+    python -m tests.exercises.mean_of_two_gists out/llama-gist-1        # seconds
+
+A gist's keys and values are numbers, so two gists have a mean. The program answers from
+(1 - t) a + t b for t from 0 to 1. At the ends stand the answers of both prompts. What stands in the
+middle: one of the two, a blend, or nonsense? Where does it change?
+"""
+
+import argparse
+from dataclasses import replace
+
+import torch
+
+import data
+import eval
+from model import Cache
+
+
+def blend(a: Cache, b: Cache, t: float) -> Cache:
+    """(1 - t) a + t b, of keys, values, and T5's hidden states."""
+    mixed = {}
+    for name in ("keys", "values", "hidden"):
+        mixed[name] = torch.lerp(getattr(a, name), getattr(b, name), t)
+    return replace(a, **mixed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Answer from between two gists.")
+    parser.add_argument("run", help="a gist run of train.py")
+    parser.add_argument("--a", default="Add lamp before the first word.")
+    parser.add_argument("--b", default="Add lamp after the last word.")
+    parser.add_argument("--input", default="fox cup sun")
+    parser.add_argument("--points", type=int, default=11)
+    flags = parser.parse_args()
+    model, tokenizer, config = eval.open_run(flags.run)
+    device = model.embedding.weight.device
+
+    gists = []
+    for instruction in (flags.a, flags.b):
+        record = {"instruction": instruction, "input": flags.input, "output": ""}
+        example = data.layout(record, tokenizer, config["n_gist"], config["arch"])
+        prompt = torch.tensor([example.prompt], device=device)
+        gists.append(eval.compress_prompts(model, prompt, None, tokenizer.gist_id))
+    given = torch.tensor([example.input], device=device)
+    for i in range(flags.points):
+        t = i / (flags.points - 1)
+        cache = blend(*gists, t)
+        ids = model.generate(given, cache=cache, max_new_tokens=16, eos_id=tokenizer.eos_id)[0]
+        print(f"{t:.2f}   {' '.join(tokenizer.decode(ids).split())}")
+
+
+if __name__ == "__main__":
+    data.run(main)

@@ -1,0 +1,149 @@
+"""Several gists in one context: compress every prompt apart, and put the caches side by side.
+
+    python -m tests.exercises.several_gists                  # 10 to 14 minutes on one core
+    python -m tests.exercises.several_gists --arch t5
+
+A row holds several pairs of a prompt and its gist tokens, then one input. A prompt and its gist see
+their own pair only, the input sees every gist. So each prompt can be compressed alone, and a row's
+cache is its prompts' caches, side by side: gists become a library of parts. Here an instruction of
+two steps is two prompts. Mask, positions, layout and loss change; loop and models do not.
+
+    Reverse the list. <G> Put lamp at the end. <G> Input: fox cup sun  Output: sun cup fox lamp
+
+Results of full runs of an earlier version, which had <s> before a row's first prompt only: exact
+match in percent, one seed. Two-step instructions are 40 of the 500: even 15 points can be chance.
+
+                                                  LLaMA two-step   all   T5 two-step   all
+    one gist token for both steps                           72.5  89.6          92.5  87.2
+    one gist of two tokens for both steps                   80.0  88.4             -  90.6
+    a gist token for each step, compressed apart            85.0  90.2          95.0  87.0
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import data
+import eval
+import train
+from gist_mask import INPUT, PROMPT, segments
+from model import Cache
+from t5 import T5
+
+
+def pairs(tokens: Tensor, gist_id: int) -> Tensor:
+    """How many pairs of prompt and gist ended before each token. tokens: (B, T). Returns (B, T)."""
+    is_gist = (tokens == gist_id).int()
+    ends = (is_gist[:, :-1] - is_gist[:, 1:]).clamp(min=0)  # 1 where the next token is no gist
+    return F.pad(ends.cumsum(dim=1), (1, 0))
+
+
+def pair_mask(tokens: Tensor, gist_id: int, attention_mask: Tensor) -> Tensor:
+    """An encoder's mask, (B, 1, T, T) bool: the input sees no prompt, the others their pair."""
+    segment, pair = segments(tokens, gist_id), pairs(tokens, gist_id)  # (B, T)
+    from_input = (segment == INPUT)[:, :, None]
+    to_prompt = (segment == PROMPT)[:, None, :]
+    same_pair = pair[:, :, None] == pair[:, None, :]
+    mask = torch.where(from_input, ~to_prompt, same_pair) & attention_mask[:, None, :]
+    itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
+    return (mask | itself)[:, None]
+
+
+def positions(tokens: Tensor, gist_id: int) -> Tensor:
+    """The gists follow one another from 0 on; every prompt ends right before its own gist."""
+    is_prompt, pair = segments(tokens, gist_id) == PROMPT, pairs(tokens, gist_id)  # (B, T)
+    skipped = is_prompt[:, None, :] & (pair[:, None, :] <= pair[:, :, None])  # (B, T, T)
+    return torch.arange(tokens.shape[1], device=tokens.device) - skipped.sum(dim=2)
+
+
+def pair_loss(model, batch: dict[str, Tensor], gist_id: int, condition: str) -> Tensor:
+    """`train.batch_loss` under the mask of pairs."""
+    tokens, attention_mask, targets = batch["tokens"], batch["attention_mask"], batch["targets"]
+    mask, where = pair_mask(tokens, gist_id, attention_mask), positions(tokens, gist_id)
+    if isinstance(model, T5):
+        cross_mask = (segments(tokens, gist_id) != PROMPT) & attention_mask
+        return model.loss(tokens, targets, mask, cross_mask[:, None, None], where)
+    return model.loss(tokens, targets, mask.tril(), where)
+
+
+def steps_of(record: dict) -> list[str]:
+    """The one or two instructions in a built-in record's instruction."""
+    if record["source"] != "two steps":
+        return [record["instruction"]]
+    steps = []
+    for part in record["instruction"].removesuffix(".").split(", then "):
+        if part == "the list" or " " not in part:  # "Write lamp, then the list" is one step
+            steps[-1] += f", then {part}"
+            continue
+        steps.append(part[0].upper() + part[1:])
+    return [f"{step}." for step in steps]
+
+
+def layout(record: dict, tokenizer, n_gist: int, arch: str) -> data.Example:
+    """A prompt with its gist tokens for every step, then what `data.layout` makes of the rest."""
+    steps = [record | {"instruction": step} for step in steps_of(record)]
+    parts = [data.layout(step, tokenizer, n_gist, arch) for step in steps]
+    prompt = [token for part in parts for token in part.prompt]
+    return data.Example(prompt, parts[0].input, parts[0].output, record)
+
+
+def compress_apart(model, prompt: list[int], gist_id: int) -> Cache:
+    """Compress each prompt of a row without the others, and put the caches side by side."""
+    row = torch.tensor([prompt], device=model.embedding.weight.device)
+    pair, where = pairs(row, gist_id)[0], positions(row, gist_id)
+    caches = []
+    for i in pair.unique().tolist():
+        part, at = row[:, pair == i], where[:, pair == i]
+        and_next = torch.cat([at, at[:, -1:] + 1], dim=1)
+        caches.append(model.compress(part, positions=and_next, keep=part[0] == gist_id))
+    return join(caches)
+
+
+def join(caches: list[Cache]) -> Cache:
+    """The columns of several caches of the same rows; what follows comes after the last."""
+    columns = {}
+    for name in vars(caches[0]):
+        columns[name] = torch.cat([getattr(cache, name) for cache in caches], dim=1)
+    return Cache(**columns | {"next_position": caches[-1].next_position})
+
+
+def answer(model, tokenizer, examples: list[data.Example], max_new_tokens: int) -> list[str]:
+    """Answer a batch, each input from its prompts' gists."""
+    gists = [compress_apart(model, example.prompt, tokenizer.gist_id) for example in examples]
+    cache = Cache.cat(gists)
+    inputs = eval.pad_left([example.input for example in examples], model, tokenizer)
+    limits = {"max_new_tokens": max_new_tokens, "eos_id": tokenizer.eos_id}
+    new = model.generate(*inputs, cache=cache, **limits)
+    return [tokenizer.decode(ids).strip() for ids in new]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A gist for every step of an instruction.")
+    parser.add_argument("--arch", default="llama", choices=("llama", "t5"))
+    parser.add_argument("--n_gist", type=int, default=1)
+    parser.add_argument("--max_steps", type=int, default=3000)
+    parser.add_argument("--n_train", type=int, default=100_000)
+    flags = parser.parse_args()
+
+    records = data.builtin(flags.n_train)
+    config = train.Config(arch=flags.arch, n_gist=flags.n_gist, max_steps=flags.max_steps)
+    config = train.fill_in(config)
+    model, tokenizer = train.make_model(config, records["train"])
+    examples = [layout(r, tokenizer, flags.n_gist, flags.arch) for r in records["train"]]
+    train.fit(model, tokenizer, examples, config, pair_loss)
+
+    model.eval()
+    unseen = [layout(r, tokenizer, flags.n_gist, flags.arch) for r in records["unseen"]]
+    texts = []
+    for start in range(0, len(unseen), 50):
+        texts += answer(model, tokenizer, unseen[start : start + 50], 32)
+    right = [text == e.record["output"] for text, e in zip(texts, unseen, strict=True)]
+    two_steps = [r for r, e in zip(right, unseen, strict=True) if len(steps_of(e.record)) == 2]
+    for name, hits in (("all", right), ("two steps", two_steps)):
+        print(f"{name}: {100 * sum(hits) / len(hits):.1f} % exact match of {len(hits)} unseen")
+
+
+if __name__ == "__main__":
+    main()

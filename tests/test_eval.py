@@ -1,0 +1,298 @@
+"""Evaluating runs: answers, losses, outputs files, tables, and what a user can do wrong."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import gist_mask
+import train
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(*args, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, ROOT / "eval.py", *map(str, args)], capture_output=True, text=True, cwd=cwd
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small data set in the Alpaca+ layout, without a seen split."""
+    folder = tmp_path_factory.mktemp("data")
+    records = data.builtin(60, 6)
+    (folder / "a_train.json").write_text("\n".join(json.dumps(r) for r in records["train"]))
+    (folder / "a_validation_unseen.json").write_text(json.dumps(records["unseen"]))
+    (folder / "a_validation_human.json").write_text(json.dumps(records["human"][:3]))
+    return folder
+
+
+def train_run(folder, out, **changes):
+    """A run of two gist tokens, hardly trained."""
+    sizes = dict(d_model=16, n_layers=2, n_heads=2, batch_size=4, vocab_size=400, max_steps=6)
+    settings = dict(n_gist=2, data=str(folder), out_dir=str(out), device="cpu") | sizes | changes
+    train.train(train.Config(**settings))
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def runs(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    return {arch: train_run(folder, out / arch, arch=arch) for arch in ("llama", "t5")}
+
+
+@pytest.fixture(scope="module")
+def evaluated(runs):
+    return {arch: evaluation.evaluate_run(path, device="cpu") for arch, path in runs.items()}
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_metrics_and_outputs_are_left_for_every_split_that_there_is(arch, runs, evaluated):
+    out = Path(runs[arch])
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics == evaluated[arch]
+    described = {key: metrics[key] for key in ("condition", "n_gist", "arch", "steps")}
+    assert described == {"condition": "gist", "n_gist": 2, "arch": arch, "steps": 6}
+    assert metrics["unseen"]["n"] == 6 and metrics["human"]["n"] == 3 and "seen" not in metrics
+    scores = [metrics["unseen"][m] for m in ("exact_match", "rouge1", "rouge2", "rougeL")]
+    assert all(0 <= score <= 1 for score in scores) and metrics["unseen"]["loss"] > 0
+    assert {f.name for f in out.glob("outputs*")} == {"outputs-unseen.csv", "outputs-human.csv"}
+
+
+def test_outputs_files_hold_the_questions_and_references(runs, evaluated, folder):
+    with open(Path(runs["llama"]) / "outputs-human.csv", newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    for row, r in zip(rows, data.load_instructions(str(folder))["human"], strict=True):
+        assert row["x"] == f"Instruction: {r['instruction']}\nInput: {r['input']}"
+        assert row["y_true"] == r["output"]
+
+
+def test_one_table_shows_all_runs_and_the_score_command_agrees(runs, capsys):
+    evaluation.run(list(runs.values()), device="cpu")
+    printed = capsys.readouterr().out
+    for path in runs.values():
+        assert f"{path} unseen" in printed and f"{path} human" in printed
+    evaluation.score_files([f"{runs['llama']}/outputs-unseen.csv"])
+    scores = capsys.readouterr().out.splitlines()[1].split()[1:]
+    row = next(line for line in printed.splitlines() if line.startswith(f"{runs['llama']} unseen"))
+    assert row.split()[2 : 2 + len(scores)] == scores
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_the_loss_is_the_mean_of_a_token_and_answers_come_in_order(arch, runs, folder):
+    model, tokenizer, config = evaluation.open_run(runs[arch], device="cpu")
+    records = data.load_instructions(str(folder))["unseen"]
+    examples, _ = data.make_examples(records, tokenizer, 2, arch)
+
+    def evaluate(some, batch_size):
+        return evaluation.evaluate(model, tokenizer, some, "gist", batch_size, 5)
+
+    single = [evaluate([e], 1) for e in examples]
+    loss, answers = evaluate(examples, 4)
+    labels = [len(e.output) for e in examples]
+    total = sum(one * n for (one, _), n in zip(single, labels))
+    assert loss == pytest.approx(total / sum(labels), rel=1e-5)
+    assert answers == [texts[0] for _, texts in single]
+
+    e = examples[0]
+    gist_id = tokenizer.gist_id
+    tokens = torch.tensor([e.prompt + e.input + (e.output if arch == "llama" else [])])
+    if arch == "llama":
+        mask = gist_mask.decoder_mask(tokens, gist_id)
+        logits = model(tokens, mask, gist_mask.positions(tokens, gist_id))[0, -labels[0] - 1 : -1]
+    else:
+        masks = gist_mask.encoder_mask(tokens, gist_id), gist_mask.cross_mask(tokens, gist_id)
+        target = torch.tensor([[model.config.start_id, *e.output[:-1]]])
+        logits = model(tokens, target, *masks)[0]
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(e.output)).item()
+    assert single[0][0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_batch_has_a_largest_number_of_tokens(runs, folder, monkeypatch):
+    model, tokenizer, _ = evaluation.open_run(runs["llama"], device="cpu")
+    records = data.load_instructions(str(folder))["unseen"]
+    examples, _ = data.make_examples(records, tokenizer, 2)
+    sizes, answer = [], evaluation.answer
+
+    def spy(model, tokenizer, some, *args):
+        sizes.append((len(some), max(len(e) for e in some)))
+        return answer(model, tokenizer, some, *args)
+
+    monkeypatch.setattr(evaluation, "answer", spy)
+    expected = evaluation.evaluate(model, tokenizer, examples, "gist", 50, 5)
+    assert len(sizes) == 1
+    limit = 3 * (max(len(e) for e in examples) + 5)
+    for tokens, largest in ((limit, 3), (1, 1)):
+        monkeypatch.setattr(evaluation, "MAX_TOKENS", tokens)
+        sizes.clear()
+        loss, answers = evaluation.evaluate(model, tokenizer, examples, "gist", 50, 5)
+        assert max(n for n, _ in sizes) == largest
+        assert answers == expected[1] and loss == pytest.approx(expected[0], rel=1e-5)
+
+
+def test_weights_are_evaluated_in_the_dtype_that_is_asked_for(runs):
+    model, _, _ = evaluation.open_run(runs["llama"], device="cpu", dtype="bfloat16")
+    assert model.embedding.weight.dtype == torch.bfloat16
+    model, _, _ = evaluation.open_run(runs["llama"], device="cpu")
+    assert model.embedding.weight.dtype == torch.float32
+
+
+def test_on_a_gpu_the_weights_get_the_dtype_of_the_training(runs, monkeypatch):
+    monkeypatch.setattr(data, "find_device", lambda name: "cuda")
+    config = data.read_config(runs["llama"])
+    config["gisting"]["dtype"] = "bfloat16"
+    monkeypatch.setattr(data, "read_config", lambda path: config)
+    asked, load_model = [], data.load_model
+
+    def spy(path, base, dtype, device):
+        asked.append((dtype, device))
+        return load_model(path, base, dtype, "cpu")
+
+    monkeypatch.setattr(data, "load_model", spy)
+    evaluation.open_run(runs["llama"])
+    assert asked == [(torch.bfloat16, "cuda")]
+
+
+def test_runs_that_skipped_different_examples_stand_in_one_table(runs, folder, tmp_path, capsys):
+    lengths = [len(e) for e in all_examples(runs["llama"], folder)]
+    short = train_run(folder, tmp_path / "short", max_length=sorted(lengths)[3], max_steps=1)
+    evaluation.run([runs["llama"], short], device="cpu")
+    printed = capsys.readouterr().out
+    assert "skipped" in printed and f"{short} unseen" in printed
+
+
+def all_examples(run, folder):
+    _, tokenizer, _ = evaluation.open_run(run, device="cpu")
+    return data.make_examples(data.load_instructions(str(folder))["unseen"], tokenizer, 2)[0]
+
+
+def test_data_without_validation_files_is_no_error(runs, folder, tmp_path, capsys):
+    text = (folder / "a_train.json").read_text().splitlines()[0]
+    (tmp_path / "train.json").write_text(text)
+    evaluation.run([runs["llama"]], device="cpu", data_dir=str(tmp_path))
+    assert "no validation files" in capsys.readouterr().out
+
+
+def test_the_built_in_splits_are_scored_by_family(runs, monkeypatch, capsys):
+    monkeypatch.setattr(data, "load_instructions", lambda *args: data.builtin(10, 8))
+    metrics = evaluation.evaluate_run(runs["llama"], device="cpu", max_new_tokens=3)
+    families = metrics["unseen"]["families"]
+    assert sum(scores["n"] for scores in families.values()) == 8
+    mean = sum(scores["n"] * scores["rougeL"] for scores in families.values()) / 8
+    assert mean == pytest.approx(metrics["unseen"]["rougeL"])
+    assert "families" not in metrics["human"]
+
+
+def test_a_tfidf_run_reads_keywords_and_its_outputs_show_whole_questions(folder, tmp_path):
+    settings = dict(condition="pos_control", n_gist=0, tfidf=2, max_steps=1)
+    path = train_run(folder, tmp_path / "tfidf", **settings)
+    metrics = evaluation.evaluate_run(path, device="cpu")
+    assert metrics["tfidf"] == 2
+    rows = evaluation.read_outputs(f"{path}/outputs-unseen.csv")
+    records = data.load_instructions(str(folder))["unseen"]
+    assert [r["instruction"] in row["x"] for r, row in zip(records, rows, strict=True)]
+
+
+# ---- Outputs files ----
+
+
+def write_csv(file, *answers):
+    rows = [("x", "y_pred", "y_true"), *[(f"q{i}", a, "z") for i, a in enumerate(answers)]]
+    with open(file, "w", newline="") as f:
+        csv.writer(f).writerows(rows)
+    return str(file)
+
+
+def test_scores_against_another_file_count_equal_answers(tmp_path, capsys):
+    a = write_csv(tmp_path / "a.csv", "the red fox", "two")
+    b = write_csv(tmp_path / "b.csv", "the red dog", "two ")
+    evaluation.score_files([a], against=b)
+    header, row = capsys.readouterr().out.splitlines()
+    assert dict(zip(header.split(), row.split()[1:])) == {
+        "n": "2",
+        "exact_match": "50",
+        "rouge1": "83.333",
+        "rouge2": "25",
+        "rougeL": "83.333",
+    }
+
+
+def test_files_of_other_examples_are_not_compared(tmp_path):
+    a = write_csv(tmp_path / "a.csv", "one", "two")
+    b = write_csv(tmp_path / "b.csv", "one")
+    with pytest.raises(data.DataError, match="other examples"):
+        evaluation.score_files([a], against=b)
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ("x,y_true\na,b\n", "y_pred"),
+        ("x,y_pred,y_true\n", "no rows"),
+        ("", "no rows"),
+        ("x,y_pred,y_true\na,b\n", "too few columns"),
+        ("x,y_pred,y_true\na,b,c\nd\n", "too few columns"),
+        (b"x,y_pred,y_true\na,\xff,c\n", "utf-8"),
+    ],
+)
+def test_an_outputs_file_of_another_shape_is_refused(tmp_path, content, says):
+    file = tmp_path / "o.csv"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(data.DataError, match=f"(?s)o.csv.*{says}"):
+        evaluation.score_files([str(file)])
+
+
+# ---- What a user can do wrong ----
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["run", "nowhere"], "nowhere: no checkpoint"),
+        (["score", "nowhere.csv"], "nowhere.csv"),
+        (["run", "nowhere", "--batch_size", "0"], "--batch_size"),
+        (["run", "nowhere", "--n_gist", "1", "--condition", "magic"], "--condition"),
+        (["run", "{run}", "--condition", "neg_control"], "leave --n_gist, --condition"),
+        (["run", "{run}", "--n_gist", "1"], "leave --n_gist, --condition"),
+        (["run", "{run}", "--device", "cpu:banana"], "cpu:banana"),
+        ([], "required"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_status_2(args, says, runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["eval.py", *(a.format(run=runs["llama"]) for a in args)])
+    with pytest.raises(SystemExit) as stop:
+        data.run(evaluation.main)
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and says in printed.splitlines()[-1]
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_condition_that_the_table_lacks_ends_in_one_line(runs, monkeypatch):
+    config = data.read_config(runs["llama"])
+    config["gisting"]["condition"] = "gone"
+    monkeypatch.setattr(data, "read_config", lambda path: config)
+    with pytest.raises(data.DataError, match="gone.*gist, pos_control, neg_control"):
+        evaluation.open_run(runs["llama"], device="cpu")
+
+
+def test_every_command_explains_its_flags(capsys):
+    for name in ("run", "score", "compress", "attention", "plot", "judge", "winrate"):
+        with pytest.raises(SystemExit) as stop:
+            evaluation.make_parser().parse_args([name, "--help"])
+        assert stop.value.code == 0
+        explained, flags = capsys.readouterr().out.split("\noptions:\n")
+        for flag in set(flags.split()) & {f"--{n}" for n in ("out", "load", "base", "metric")}:
+            assert flag.removeprefix("--") in explained
+
+
+def test_the_script_runs(runs, evaluated):
+    done = command("score", f"{runs['llama']}/outputs-unseen.csv")
+    assert done.returncode == 0 and "rougeL" in done.stdout, done.stderr

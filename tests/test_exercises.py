@@ -1,0 +1,369 @@
+"""The worked solutions run, and gists that they cache answer exactly as their masks say."""
+
+import random
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import eval
+import gist_mask
+import train
+from model import Llama, LlamaConfig
+from t5 import T5, T5Config
+
+from exercises import (  # isort: skip
+    accumulating_gists,
+    cartridge,
+    gist_pretraining,
+    live_table,
+    long_prompts,
+    mean_of_two_gists,
+    several_gists,
+    what_else_to_keep,
+)
+
+ROOT = Path(__file__).parent.parent
+G = 9  # the gist's id in rows made by hand
+
+
+@pytest.fixture(scope="module")
+def records():
+    return data.builtin(200, 60)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(records):
+    return data.train_tokenizer(records["train"], 400)
+
+
+def small(arch, vocab_size):
+    shape = dict(vocab_size=vocab_size, d_model=32, n_layers=2, n_heads=2, head_dim=16, d_ff=64)
+    if arch == "llama":
+        model = Llama(LlamaConfig(**shape, n_kv_heads=1))
+    else:
+        model = T5(T5Config(**shape, n_decoder_layers=2, start_id=0))
+    model.init_weights(torch.Generator().manual_seed(0))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def make_run(tokenizer, tmp_path_factory):
+    """Makes what train.py leaves, as far as the exercises can tell."""
+
+    def make(arch, condition="gist"):
+        folder = tmp_path_factory.mktemp(arch)
+        config = asdict(train.fill_in(train.Config(arch=arch, n_gist=2, condition=condition)))
+        model = small(arch, tokenizer.vocab_size)
+        data.save_model(folder, model, tokenizer, config | {"steps": 1, "seconds": 1.0})
+        return folder
+
+    return make
+
+
+def run(name, *flags):
+    """Run a solution as its docstring says, and return what it prints."""
+    command = [sys.executable, "-m", f"tests.exercises.{name}", *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ---- Every solution runs ----
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tests" / "exercises").glob("*.py")))
+def test_a_solution_is_short_and_says_how_to_run_it(file):
+    text = file.read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 150
+    assert f"python -m tests.exercises.{file.stem}" in text.split('"""')[1]
+
+
+SHORT = ("--max_steps", 2, "--n_train", 100)
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_several_gists_runs(arch):
+    assert "two steps: " in run("several_gists", "--arch", arch, *SHORT)
+
+
+def test_long_prompts_runs_and_draws(tmp_path):
+    picture = tmp_path / "out.png"
+    flags = ("--n_shots", 0, 2, *SHORT, "--n_valid", 10, "--out", picture)
+    lines = run("long_prompts", *flags).splitlines()
+    assert ["n_shots 0.0" in lines[0], "n_shots 2.0" in lines[1]] == [True, True]
+    assert picture.stat().st_size > 5000
+
+
+def test_gist_pretraining_leaves_a_model_to_go_on_from(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"fox cup {i} sun\n" for i in range(200)))
+    out_dir = tmp_path / "pretrained"
+    flags = ("--max_steps", 2, "--batch_size", 4, "--text", tmp_path / "text.txt")
+    run("gist_pretraining", *flags, "--out_dir", out_dir)
+    model, tokenizer = data.load_model(out_dir)
+    assert tokenizer.gist_id < model.config.vocab_size
+
+
+def test_accumulating_gists_runs():
+    lines = run("accumulating_gists", *SHORT, "--n_test", 3).splitlines()
+    assert [line.split(":")[0] for line in lines] == list(accumulating_gists.RULES)
+
+
+def test_cartridge_runs(make_run):
+    flags = ("--instructions", 1, "--n_train", 4, "--n_test", 4, "--steps", 2)
+    text = run("cartridge", make_run("llama"), *flags)
+    assert "written: " in text and "trained: " in text
+
+
+def test_what_else_to_keep_compares_every_way(make_run):
+    runs = make_run("llama"), make_run("llama", "pos_control")
+    lines = run("what_else_to_keep", *runs, "--n_shots", 1, "--n_test", 3).splitlines()
+    assert [line.split()[0] for line in lines] == ["gist", "last", "attended", "average", "all"]
+
+
+def test_every_way_to_cut_a_cache_down_keeps_as_many_columns(tokenizer):
+    model = small("llama", tokenizer.vocab_size)
+    cache = model.compress(torch.arange(7)[None])
+    attended = torch.tensor([0.1, 0.3, 0.0, 0.2, 0.1, 0.2, 0.1])
+    for name, keep in what_else_to_keep.WAYS.items():
+        kept = keep(cache, 2, attended)
+        assert kept.length == (7 if name == "all" else 2)
+        assert kept.next_position.item() == cache.next_position.item()
+    most = what_else_to_keep.keep_attended(cache, 1, attended)
+    assert torch.equal(most.keys, cache.keys[:, 1:2])
+    mean = what_else_to_keep.keep_average(cache, 1, attended)
+    assert torch.allclose(mean.values, cache.values.mean(dim=1, keepdim=True))
+
+
+def test_count_flops_counts_the_same_three_times():
+    lines = run("count_flops", "--preset", "llama-tiny").splitlines()
+    for start in (7, 17):
+        assert len({line.split()[-1] for line in lines[start : start + 3]}) == 1
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_sixteen_users_get_the_answers_that_each_would_get_alone(arch, make_run):
+    assert "16 of 16 answers are the same" in run("sixteen_users", make_run(arch))
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_mean_of_two_gists_begins_and_ends_with_one_of_them(arch, make_run, tokenizer):
+    lines = run("mean_of_two_gists", make_run(arch), "--points", 3).splitlines()
+    assert [line.split()[0] for line in lines] == ["0.00", "0.50", "1.00"]
+    model = small(arch, tokenizer.vocab_size)
+    a, b = (model.compress(torch.tensor([[5, word, 6]])) for word in (7, 8))
+    for t, end in ((0.0, a), (1.0, b)):
+        assert torch.equal(mean_of_two_gists.blend(a, b, t).keys, end.keys)
+
+
+# ---- The table ----
+
+
+def test_a_flipped_entry_breaks_the_cached_gist_only_where_the_input_is_involved(monkeypatch):
+    monkeypatch.setattr(gist_mask, "TABLE", dict(gist_mask.TABLE))
+    llama, t5 = live_table.small_models()
+    for query in range(3):
+        for key in range(3):
+            name = live_table.flipped(query, key)
+            for model, breaks in (
+                (llama, {"input -> prompt"}),
+                (t5, {"input -> prompt", "prompt -> input", "gist -> input"}),
+            ):
+                error = live_table.error_of_cached_gist(model, name)
+                assert (error > 1e-3) == (name in breaks), (name, error)
+            encoder = gist_mask.encoder_mask(live_table.ROW, G, name)
+            assert not torch.equal(encoder, gist_mask.encoder_mask(live_table.ROW, G)) or (
+                query == key and query != 0  # a gist token and an input token see themselves
+            )
+
+
+# ---- Several gists ----
+
+
+def random_row(rng):
+    """One to three prompts with gist tokens, then an input; segment, pair and position of each."""
+    tokens, labels, n_gist, n_pairs = [], [], rng.randint(1, 3), rng.randint(1, 3)
+    for pair in range(n_pairs):
+        p = rng.randint(0 if pair == 0 else 1, 4)
+        tokens += [rng.randrange(G) for _ in range(p)] + [G] * n_gist
+        first = pair * n_gist
+        labels += [("prompt", pair, first - p + i) for i in range(p)]
+        labels += [("gist", pair, first + i) for i in range(n_gist)]
+    q = rng.randint(0, 3)
+    tokens += [rng.randrange(G) for _ in range(q)]
+    return tokens, labels + [("input", None, n_pairs * n_gist + i) for i in range(q)]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_masks_and_positions_of_several_pairs_are_those_of_the_rule(seed):
+    tokens, labels = random_row(random.Random(seed))
+    row = torch.tensor([tokens])
+    everything = torch.ones_like(row, dtype=torch.bool)
+    assert several_gists.positions(row, G)[0].tolist() == [at for _, _, at in labels]
+    mask = several_gists.pair_mask(row, G, everything)[0, 0]
+    accumulated = accumulating_gists.rule_mask(row, G, everything, "accumulate")[0, 0]
+    for q, (query, query_pair, _) in enumerate(labels):
+        for k, (key, key_pair, _) in enumerate(labels):
+            sees = key != "prompt" if query == "input" else key_pair == query_pair
+            earlier = query != "input" and key == "gist" and key_pair < query_pair
+            assert mask[q, k] == sees
+            assert accumulated[q, k] == (k <= q and (sees or earlier))
+
+
+def test_steps_of_an_instruction_are_the_two_that_it_was_made_of():
+    rng = random.Random(0)
+    for _ in range(500):
+        steps = [data.one_step(rng, rng.choice(data.STEPS)) for _ in range(2)]
+        record = data.make_record(data.in_turn(*steps), rng)
+        assert several_gists.steps_of(record) == [step.text for step in steps]
+
+
+def two_step_examples(records, tokenizer, n_gist, arch):
+    two = [r for r in records["train"] if r["source"] == "two steps"][:3]
+    mixed = two + records["unseen"][:3]
+    return [several_gists.layout(r, tokenizer, n_gist, arch) for r in mixed]
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+@pytest.mark.parametrize("n_gist", [1, 3])
+def test_prompts_compressed_apart_answer_as_under_the_mask(arch, n_gist, records, tokenizer):
+    """Every logit of the input from the joined caches is that of the whole row."""
+    model = small(arch, tokenizer.vocab_size)
+    for e in two_step_examples(records, tokenizer, n_gist, arch):
+        row, given = torch.tensor([e.prompt + e.input]), torch.tensor([e.input])
+        everything = torch.ones_like(row, dtype=torch.bool)
+        mask = several_gists.pair_mask(row, tokenizer.gist_id, everything)
+        positions = several_gists.positions(row, tokenizer.gist_id)
+        cache = several_gists.compress_apart(model, e.prompt, tokenizer.gist_id)
+        assert cache.length == n_gist * len(several_gists.steps_of(e.record))
+        with torch.no_grad():
+            if arch == "llama":
+                whole = model(row, mask.tril(), positions)[:, -len(e.input) :]
+                cached = model(given, cache=cache)
+            else:
+                target = torch.tensor([[0, *e.output]])
+                seen = gist_mask.segments(row, tokenizer.gist_id) != gist_mask.PROMPT
+                whole = model(row, target, mask, seen[:, None, None], positions=positions)
+                cached = model(given, target, cache=cache)
+        assert (whole - cached).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_training_sees_the_pairs_as_they_are_answered(arch, records, tokenizer):
+    """The loss of a batch of rows with one and two prompts is that from their joined caches."""
+    model = small(arch, tokenizer.vocab_size)
+    examples = two_step_examples(records, tokenizer, 2, arch)
+    batch = data.collate(examples, tokenizer.pad_id, arch)
+    loss = several_gists.pair_loss(model, batch, tokenizer.gist_id, "")
+    alone = 0.0
+    for e in examples:
+        cache = several_gists.compress_apart(model, e.prompt, tokenizer.gist_id)
+        with torch.no_grad():
+            if arch == "llama":
+                logits = model(torch.tensor([e.input + e.output[:-1]]), cache=cache)
+            else:
+                target = torch.tensor([[0, *e.output[:-1]]])
+                logits = model(torch.tensor([e.input]), target, cache=cache)
+        logits = logits[0, -len(e.output) :]
+        alone += F.cross_entropy(logits, torch.tensor(e.output), reduction="sum").item()
+    assert loss.item() == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_a_batch_answers_from_several_gists_as_each_row_alone(arch, records, tokenizer):
+    model = small(arch, tokenizer.vocab_size)
+    examples = two_step_examples(records, tokenizer, 1, arch)
+    together = several_gists.answer(model, tokenizer, examples, 6)
+    assert together == [several_gists.answer(model, tokenizer, [e], 6)[0] for e in examples]
+
+
+def test_joined_caches_keep_their_order(tokenizer):
+    model = small("llama", tokenizer.vocab_size)
+    a, b = (model.compress(torch.tensor([[5, word]])) for word in (6, 7))
+    both = several_gists.join([a, b])
+    assert both.length == 4
+    assert torch.equal(both.keys[:, :2], a.keys) and torch.equal(both.values[:, 2:], b.values)
+
+
+def test_parts_compressed_one_after_the_other_are_those_of_one_pass(tokenizer):
+    """Under `accumulate`, the gists of the first parts do not depend on the later ones."""
+    model = small("llama", tokenizer.vocab_size)
+    record = accumulating_gists.make_records(1, held_out=True)[0]
+    prompt = accumulating_gists.layout(record, tokenizer, "accumulate").prompt
+    ends = [i + 1 for i, token in enumerate(prompt) if token == tokenizer.gist_id]
+    keys = []
+    for end in ends:
+        row = torch.tensor([prompt[:end]])
+        everything = torch.ones_like(row, dtype=torch.bool)
+        mask = accumulating_gists.rule_mask(row, tokenizer.gist_id, everything, "accumulate")
+        at = several_gists.positions(row, tokenizer.gist_id)
+        at = torch.cat([at, at[:, -1:] + 1], dim=1)
+        cache = model.compress(row, mask=mask, positions=at, keep=row[0] == tokenizer.gist_id)
+        keys.append(cache.keys)
+    assert torch.allclose(keys[0], keys[2][:, :1], atol=1e-5)
+    assert torch.allclose(keys[1], keys[2][:, :2], atol=1e-5)
+
+
+# ---- Long prompts ----
+
+
+@pytest.mark.parametrize("n_shots", [1, 3])
+def test_worked_examples_obey_the_instruction_and_stand_in_the_prompt(n_shots, tokenizer):
+    for record in long_prompts.make_records(50, n_shots, held_out=False, seed=0):
+        text, *shots = record["instruction"].split("\nInput: ")
+        assert len(shots) == n_shots and not data.is_held_out(text)
+        pairs = [shot.split("\nOutput: ") for shot in shots]
+        if record["source"] == "reverse":
+            assert all(answer.split() == given.split()[::-1] for given, answer in pairs)
+        prompt = tokenizer.decode(data.layout(record, tokenizer, 1).prompt)
+        assert all(f"Input: {given}\nOutput: {answer}" in prompt for given, answer in pairs)
+
+
+# ---- Gist pretraining ----
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_pretraining_cuts_running_text_into_span_and_continuation(arch, tokenizer, tmp_path):
+    text = "".join(f"line {i} of the text\n" for i in range(200))
+    middle = text.index("line 90")
+    (tmp_path / "a.txt").write_text(text[:middle])
+    (tmp_path / "b.txt").write_text(text[middle:])
+    running = [i for line in text.splitlines() for i in tokenizer.encode(line)]
+    joined = " ".join(map(str, running * 3))
+    examples = gist_pretraining.text_examples(str(tmp_path), tokenizer, 2, arch, 300)
+    assert len(examples) == 300 and len({len(e.prompt) for e in examples}) > 30
+    for e in examples:
+        span = [i for i in e.prompt if i not in (tokenizer.bos_id, tokenizer.gist_id)]
+        assert 4 <= len(span) <= 64 and len(e.output) == 32
+        assert e.prompt[-2:] == [tokenizer.gist_id] * 2
+        assert " ".join(map(str, span + e.output)) in joined
+
+
+@pytest.mark.parametrize("content", ["", "too short"])
+def test_too_little_text_is_an_error(content, tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text(content)
+    with pytest.raises(data.DataError, match="text"):
+        gist_pretraining.text_examples(str(tmp_path / "a.txt"), tokenizer, 1, "llama", 10)
+
+
+# ---- A cartridge ----
+
+
+def test_the_loss_from_a_cache_is_that_of_the_whole_row_and_moves_the_cache(records, tokenizer):
+    model = small("llama", tokenizer.vocab_size)
+    e = data.layout(records["train"][0], tokenizer, 1)
+    gist_id = tokenizer.gist_id
+    prompt, attention_mask = data.pad([e.prompt], tokenizer.pad_id)
+    gist = eval.compress_prompts(model, prompt, attention_mask, gist_id)
+    batch = data.collate([e], tokenizer.pad_id)
+    whole = train.batch_loss(model, batch, gist_id, "gist") / len(e.output)
+    before = cartridge.cached_loss(model, gist, [e])
+    assert before.item() == pytest.approx(whole.item(), rel=1e-5)
+    trained = cartridge.train_cartridge(model, gist, [e], steps=20, lr=0.05)
+    assert cartridge.cached_loss(model, trained, [e]) < before
+    assert torch.equal(trained.positions, gist.positions)
