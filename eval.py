@@ -20,7 +20,6 @@ import csv
 import functools
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -50,7 +49,7 @@ import data
 import gist_mask
 from model import Cache, Llama
 from t5 import T5
-from train import Config, batch_loss, fill_in
+from train import Config, batch_loss, draw_losses, fill_in
 
 Model = Llama | T5
 
@@ -640,16 +639,16 @@ def plot(
     kind: bars by split (the paper's figure) or by families of instructions, lines over n_gist, the
     training loss, or winrates. metric: one of metrics.json. out: the picture.
     """
+    if kind == "loss":
+        draw_losses(results, out)
+        return
     figure, ax = data.new_figure(14 if kind == "families" else 8, 5)
     if kind == "winrates":
         draw_winrates(ax, results)
-    elif kind == "loss":
-        draw_losses(ax, results)
     else:
         draw_scores(ax, results, kind, metric)
     figure.legend(loc="outside upper center", ncols=2, fontsize="small")
     data.save_figure(figure, out)
-    print(f"wrote {out}")
 
 
 def draw_scores(ax, paths, kind, metric):
@@ -679,17 +678,6 @@ def draw_scores(ax, paths, kind, metric):
         names = [f"{name} ({group['n']})" for name, group in groups.items()]
         ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
     ax.set(ylabel=f"{metric}, %", ylim=(0, 100))
-
-
-def draw_losses(ax, runs):
-    """The training losses of runs, smoothed."""
-    for path in runs:
-        file = Path(path) / "train_log.jsonl"
-        with data.reading(file, "give a run of train.py"):
-            losses = [json.loads(line)["loss"] for line in file.read_text().splitlines()]
-        ema = itertools.accumulate(losses, lambda mean, loss: 0.98 * mean + 0.02 * loss)
-        ax.plot(list(ema), label=path)
-    ax.set(xlabel="step", ylabel="loss (nats per output token)")
 
 
 def draw_winrates(ax, files):

@@ -547,21 +547,24 @@ def save_weights(out_dir, model, tokenizer, run):
     weights = ((name, whole(p)) for name, p in model.named_parameters())
     if is_first():
         data.save_model(out_dir, model, tokenizer, run, weights)
-        draw_loss(out_dir)
+        draw_losses([out_dir], out_dir / "loss.png")
     for _ in weights:  # every process helps to put each weight together
         pass
 
 
-def draw_loss(out_dir):
-    """Draw the log into loss.png: the loss of every step, and its running mean."""
-    lines = (out_dir / LOG).read_text().splitlines()
-    losses = [json.loads(line)["loss"] for line in lines]
+def draw_losses(runs: list, file) -> None:
+    """Draw the logs of runs into one picture: the loss of every step, and its running mean."""
     figure, ax = data.new_figure(6, 3.5)
-    ax.plot(losses, alpha=0.3, label="one batch")
-    ax.plot(list(accumulate(losses, lambda mean, x: 0.98 * mean + 0.02 * x)), label="running mean")
+    for out_dir in runs:
+        log = Path(out_dir) / LOG
+        with data.reading(log, "give a run of train.py"):
+            losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+        mean = list(accumulate(losses, lambda mean, x: 0.98 * mean + 0.02 * x))
+        (line,) = ax.plot(mean, label=out_dir)
+        ax.plot(losses, color=line.get_color(), alpha=0.3, linewidth=0.7)
     ax.set(xlabel="step", ylabel="loss (nats per output token)", ylim=(0, None))
     ax.legend()
-    data.save_figure(figure, out_dir / "loss.png")
+    data.save_figure(figure, file)
 
 
 # ---- The command line ----

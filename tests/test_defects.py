@@ -86,6 +86,6 @@ def test_drawing_the_loss_leaves_no_figure_open(tmp_path):
     (tmp_path / "train_log.jsonl").write_text('{"step": 1, "loss": 1.0}\n' * 2)
     before = pyplot.get_fignums()
     for _ in range(3):
-        train.draw_loss(tmp_path)
+        train.draw_losses([tmp_path], tmp_path / "loss.png")
         evaluation.plot([str(tmp_path)], kind="loss", out=str(tmp_path / "a.png"))
     assert pyplot.get_fignums() == before
