@@ -866,6 +866,7 @@ COMMANDS = {  # the first function is called; it hands flags on to the others
 KINDS = {  # what argparse is to do for a parameter's type, and for some parameters
     "str": {},
     "list[str]": {"nargs": "+"},
+    "list[int]": {"nargs": "+", "type": data.at_least(1)},
     "int": {"type": data.at_least(1)},
     "float": {"type": data.at_least(0.001, float, 86_400)},
     "condition": {"choices": gist_mask.TABLE},
@@ -874,13 +875,13 @@ KINDS = {  # what argparse is to do for a parameter's type, and for some paramet
 }
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(description: str, commands: dict[str, list]) -> argparse.ArgumentParser:
     """A function's keyword-only parameters are flags, the others arguments; docstrings are help."""
-    parser = argparse.ArgumentParser(description="Answer, score and compare.")
-    commands = parser.add_subparsers(required=True)
-    for command, functions in COMMANDS.items():
+    parser = argparse.ArgumentParser(description=description)
+    subparsers = parser.add_subparsers(required=True)
+    for command, functions in commands.items():
         docs = [inspect.getdoc(function) for function in functions]
-        p = commands.add_parser(
+        p = subparsers.add_parser(
             command,
             help=docs[0].split("\n")[0],
             description="\n\n".join(docs),
@@ -900,7 +901,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    options = vars(make_parser().parse_args())
+    options = vars(make_parser("Answer, score and compare.", COMMANDS).parse_args())
     options.pop("function")(**options)
 
 

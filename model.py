@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 IGNORE_INDEX = -100  # a target that is no label
 KeysValues = tuple[Tensor, Tensor]  # of one layer, two of (B, S, H, K)
@@ -76,17 +77,18 @@ class Attention(nn.Module):
 
     def __init__(self, c: LlamaConfig):
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = c.n_heads, c.n_kv_heads, c.head_dim
-        self.wq = Linear(c.d_model, c.n_heads * c.head_dim)
-        self.wk = Linear(c.d_model, c.n_kv_heads * c.head_dim)
-        self.wv = Linear(c.d_model, c.n_kv_heads * c.head_dim)
-        self.wo = Linear(c.n_heads * c.head_dim, c.d_model)
+        self.head_dim = c.head_dim
+        width, kv_width = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        self.wq = Linear(c.d_model, width)
+        self.wk = Linear(c.d_model, kv_width)
+        self.wv = Linear(c.d_model, kv_width)
+        self.wo = Linear(width, c.d_model)
 
     def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """x: (B, T, D). Returns (B, T, H, K), and two of (B, T, H_kv, K)."""
-        q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))
-        k = self.wk(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
-        v = self.wv(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        q = self.wq(x).unflatten(-1, (-1, self.head_dim))
+        k = self.wk(x).unflatten(-1, (-1, self.head_dim))
+        v = self.wv(x).unflatten(-1, (-1, self.head_dim))
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def forward(
@@ -100,18 +102,16 @@ class Attention(nn.Module):
         q, k, v = self.queries_keys_values(x, cos, sin)
         if past is not None:
             k, v = append(past, k, v, mask.shape[-1])  # (B, S, H_kv, K)
-        grouped = self.n_kv_heads != self.n_heads
-        if grouped and x.is_cuda:  # where a mask and grouped heads together have no fast kernel
-            k = k.repeat_interleave(self.n_heads // self.n_kv_heads, dim=2)
-            v = v.repeat_interleave(self.n_heads // self.n_kv_heads, dim=2)
-            grouped = False
+        group = q.shape[2] // k.shape[2]  # query heads that share a key-value head
+        if group > 1 and x.is_cuda:  # where a mask and groups together have no fast kernel
+            k = k.repeat_interleave(group, dim=2)
+            v = v.repeat_interleave(group, dim=2)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),  # (B, H, T, K)
             k.transpose(1, 2),  # (B, H_kv, S, K)
             v.transpose(1, 2),
             attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=grouped,
+            enable_gqa=k.shape[2] < q.shape[2],
         )
         return self.wo(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
@@ -157,8 +157,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        empty = torch.empty(config.vocab_size, config.d_model)  # nn.Embedding alone would fill it
-        self.embedding = nn.Embedding.from_pretrained(empty, freeze=False)
+        self.embedding = make_embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.output = None  # the embedding is the output head
@@ -189,7 +188,7 @@ class Llama(nn.Module):
     def hidden(
         self,
         tokens: Tensor,
-        mask: Tensor | None,
+        mask: Tensor,
         positions: Tensor,
         past: list[KeysValues] | None = None,
     ) -> Tensor:
@@ -223,8 +222,7 @@ class Llama(nn.Module):
         cache first; None is causal. positions: (B, T) int64, may be negative; None counts on from
         the cache, or from 0. cache: what was read before (`compress`); it is not changed.
         """
-        no_padding = torch.ones_like(tokens, dtype=torch.bool)
-        mask, positions, cache = self.fill_in(no_padding, mask, positions, cache)
+        mask, positions, cache = self.fill_in(no_padding(tokens), mask, positions, cache)
         past = cache.with_room(tokens.shape[1])
         return self.logits(self.hidden(tokens, mask, positions, past))
 
@@ -237,10 +235,11 @@ class Llama(nn.Module):
     ) -> tuple[Tensor, Tensor, Cache]:
         """What was not given: an empty cache, a causal mask, positions that count on."""
         if cache is None:
-            heads = (self.config.n_layers, self.config.n_kv_heads, self.config.head_dim)
+            c = self.config
+            heads = (c.n_layers, c.n_kv_heads, c.head_dim)
             cache = Cache.empty(len(attention_mask), heads, 0, self.embedding.weight)
         if mask is None:
-            mask = causal_mask(cache.attention_mask, attention_mask)
+            mask = cache.causal_mask(attention_mask)
         if positions is None:
             positions = cache.positions_behind(attention_mask)
         return mask, positions, cache
@@ -258,8 +257,7 @@ class Llama(nn.Module):
         `forward`. Only places with a label reach the output head: with V = 32,000, the logits of a
         whole batch would be its largest tensor.
         """
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        mask, positions, _ = self.fill_in(no_padding(tokens), mask, positions, None)
         is_label = targets != IGNORE_INDEX  # (B, T)
         hidden = self.hidden(tokens, mask, positions)[is_label]  # (labels, D)
         logits = self.logits(hidden).float()
@@ -282,8 +280,7 @@ class Llama(nn.Module):
         is the paper's instruction caching.
         """
         T = tokens.shape[1]
-        if attention_mask is None:
-            attention_mask = torch.ones_like(tokens, dtype=torch.bool)
+        attention_mask = no_padding(tokens) if attention_mask is None else attention_mask
         with_next = F.pad(attention_mask, (0, 1), value=True)
         mask, positions, cache = self.fill_in(with_next, mask, positions, None)
         past = cache.with_room(T)
@@ -311,8 +308,7 @@ class Llama(nn.Module):
         ends at `eos_id`, all of them after N tokens.
         """
         T = tokens.shape[1]
-        if attention_mask is None:
-            attention_mask = torch.ones_like(tokens, dtype=torch.bool)
+        attention_mask = no_padding(tokens) if attention_mask is None else attention_mask
         assert attention_mask[:, -1].all(), "rows have to be padded on the left"
         with_answer = F.pad(attention_mask, (0, max_new_tokens), value=True)
         mask, positions, cache = self.fill_in(with_answer, mask, positions, cache)
@@ -350,7 +346,7 @@ class Cache:
         """No columns yet. heads: L, H_kv and K. Device and dtype are those of `like`."""
         nothing = like.new_empty(batch, 0, *heads)
         hidden = like.new_empty(batch, 0, d_hidden)
-        start = torch.zeros(batch, 1, dtype=torch.int64, device=like.device)
+        start = like.new_zeros(batch, 1, dtype=torch.int64)
         no_column = start[:, :0]
         return Cache(nothing, nothing, no_column.bool(), no_column, hidden, start)
 
@@ -386,13 +382,10 @@ class Cache:
     @staticmethod
     def cat(caches: list[Cache]) -> Cache:
         """Join batches of prompts into one. Shorter ones get padding behind them."""
-        length = max(cache.length for cache in caches)
         joined = []
-        for name in vars(caches[0]):
-            parts = [getattr(cache, name) for cache in caches]
-            if name != "next_position":
-                parts = [add_columns(x, length - x.shape[1]) for x in parts]
-            joined.append(torch.cat(parts))
+        for parts in zip(*[vars(cache).values() for cache in caches]):
+            rows = [row for part in parts for row in part]  # (S, ...), S as in its own cache
+            joined.append(pad_sequence(rows, batch_first=True))
         return Cache(*joined)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Cache:
@@ -404,18 +397,24 @@ class Cache:
 
     def with_room(self, columns: int) -> list[KeysValues]:
         """For every layer, copies of keys and values (B, S + columns, H_kv, K)."""
-        keys = [add_columns(k, columns) for k in self.keys.unbind(2)]
-        values = [add_columns(v, columns) for v in self.values.unbind(2)]
-        return list(zip(keys, values))
+        room = (0, 0, 0, 0, 0, columns)  # nothing around K and H, zeros behind S
+        layers = zip(self.keys.unbind(2), self.values.unbind(2))
+        return [(F.pad(k, room), F.pad(v, room)) for k, v in layers]
 
     def positions_behind(self, attention_mask: Tensor) -> Tensor:
         """Count on from here; padding does not count. attention_mask: (B, T). Returns (B, T)."""
         return self.next_position + attention_mask.cumsum(dim=1) - 1
 
+    def causal_mask(self, attention_mask: Tensor) -> Tensor:
+        """New tokens see those before them that are not padding, and themselves.
 
-def add_columns(x: Tensor, n: int) -> Tensor:
-    """(B, S, ...) -> (B, S + n, ...), the new columns zero."""
-    return torch.cat([x, x.new_zeros(len(x), n, *x.shape[2:])], dim=1)
+        attention_mask: (B, T) bool. Returns (B, 1, T, S + T) bool.
+        """
+        there = torch.cat([self.attention_mask, attention_mask], dim=1)  # (B, S + T)
+        T = attention_mask.shape[1]
+        mask = there[:, None].repeat(1, T, 1).tril(diagonal=self.length)
+        mask.diagonal(self.length, 1, 2).fill_(True)  # themselves
+        return mask[:, None]
 
 
 def append(past: KeysValues, k: Tensor, v: Tensor, end: int) -> KeysValues:
@@ -427,16 +426,9 @@ def append(past: KeysValues, k: Tensor, v: Tensor, end: int) -> KeysValues:
     return keys[:, :end], values[:, :end]
 
 
-def causal_mask(cached: Tensor, attention_mask: Tensor) -> Tensor:
-    """Every token sees those before it that are not padding, and itself.
-
-    cached: (B, S) bool, attention_mask: (B, T) bool. Returns (B, 1, T, S + T) bool.
-    """
-    T = attention_mask.shape[1]
-    before = torch.ones(T, T, dtype=torch.bool, device=cached.device).tril()
-    itself = torch.eye(T, dtype=torch.bool, device=cached.device)
-    new = before & attention_mask[:, None, :] | itself  # (B, T, T)
-    return torch.cat([cached[:, None, :].expand(-1, T, -1), new], dim=2)[:, None]
+def no_padding(tokens: Tensor) -> Tensor:
+    """The attention mask of rows without padding, (B, T) bool."""
+    return torch.ones_like(tokens, dtype=torch.bool)
 
 
 # ---- Answering ----
@@ -453,25 +445,25 @@ def generate_tokens(
     next_logits(new (B, T), start) -> (B, V): what follows new tokens, before which `start` others
     stand. It is called with all of `tokens` (prefill), then with one new token a row (decode).
     """
-    answers: list[list[int]] = [[] for _ in tokens]
-    done = [False] * len(tokens)
+    answers = [[] for _ in tokens]
+    unfinished = range(len(tokens))  # rows
     start = 0
     for _ in range(max_new_tokens):
-        if all(done):
+        if not unfinished:
             break
         new = next_logits(tokens, start).argmax(dim=-1)  # (B,)
         start += tokens.shape[1]
         tokens = new[:, None]
-        for row, token in enumerate(new.tolist()):
-            done[row] = done[row] or token == eos_id
-            if not done[row]:
-                answers[row].append(token)
+        ids = new.tolist()
+        unfinished = [row for row in unfinished if ids[row] != eos_id]
+        for row in unfinished:
+            answers[row].append(ids[row])
     return answers
 
 
 # ---- The shape of a model, and how others write it down ----
 
-# Our names -> Hugging Face's, of a configuration's whole numbers and of the tensors (N: the layer).
+# Our names -> Hugging Face's, of a configuration's numbers and of the tensors (N: the layer).
 HF_CONFIG = {
     "vocab_size": "vocab_size",
     "d_model": "hidden_size",
@@ -480,6 +472,8 @@ HF_CONFIG = {
     "n_kv_heads": "num_key_value_heads",
     "head_dim": "head_dim",
     "d_ff": "intermediate_size",
+    "rope_theta": "rope_theta",
+    "norm_eps": "rms_norm_eps",
 }
 HF_NAMES = {
     "embedding": "model.embed_tokens",
@@ -495,17 +489,14 @@ HF_NAMES = {
     "norm": "model.norm",
     "output": "lm_head",
 }
-META_NAMES = {"embedding": "tok_embeddings"}  # ours are Meta's otherwise
 
 # fmt: off
-LLAMA3_SCALING = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+LLAMA3_SCALING = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                       original_max_position_embeddings=8192)
 PRESETS = {
     "llama-tiny": dict(),
     "llama-7b": dict(vocab_size=32000, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32,
                      head_dim=128, d_ff=11008, norm_eps=1e-6, tie_embeddings=False),
-    "smollm2-135m": dict(vocab_size=49152, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3,
-                         head_dim=64, d_ff=1536, rope_theta=100_000.0),
 }
 # fmt: on
 
@@ -530,22 +521,22 @@ class LlamaConfig:
     tie_embeddings: bool = True  # the embedding is the output head
 
     hf_names = HF_NAMES
-    meta_names = META_NAMES
+    meta_names = {"embedding": "tok_embeddings"}  # the other names are Meta's
 
     def __post_init__(self):
-        check_whole_numbers(self, HF_CONFIG)
+        check_numbers(self, HF_CONFIG)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{self.n_heads} heads cannot share {self.n_kv_heads} key-value heads")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, but rotary positions turn pairs")
-        for number in (self.rope_theta, self.norm_eps, *(self.rope_scaling or {}).values()):
-            if not 0 < number < math.inf:
-                raise ValueError(f"rope_theta, rope_scaling or the norm's eps is {number}")
+        frequencies = rope_frequencies(self, torch.device("cpu"))
+        if not ((frequencies > 0) & frequencies.isfinite()).all():
+            raise ValueError(f"there are no rotary positions with rope_scaling {self.rope_scaling}")
 
     @classmethod
     def from_name(cls, name: str, **changes) -> LlamaConfig:
         """A preset of PRESETS; `changes` override its fields. KeyError if it is not there."""
-        return cls(**{**PRESETS[name], **changes})
+        return cls(**PRESETS[name] | changes)
 
     @classmethod
     def from_hf(cls, raw: dict) -> LlamaConfig:
@@ -553,35 +544,34 @@ class LlamaConfig:
 
         Raises ValueError, KeyError or TypeError for what is not supported.
         """
-        rope = {"rope_theta": raw.get("rope_theta", 10_000.0)}
-        rope |= raw.get("rope_scaling") or {}
-        rope |= raw.get("rope_parameters") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
+        heads = raw["num_attention_heads"]
+        defaults = {
+            "num_key_value_heads": heads,
+            "rope_theta": 10_000.0,
+            "rms_norm_eps": 1e-6,
+        }
+        raw = defaults | {key: value for key, value in raw.items() if value is not None}
+        if "head_dim" not in raw:
+            raw["head_dim"] = raw["hidden_size"] // heads
+        for group in ("rope_scaling", "rope_parameters"):
+            raw |= raw.get(group, {})
+        kind = raw.get("rope_type", raw.get("type", "default"))
         activation = raw.get("hidden_act", "silu")
         if kind not in ("default", "llama3") or activation != "silu":
             raise ValueError(f"rotary type {kind} and hidden_act {activation} are not supported")
-        heads = raw["num_attention_heads"]
-        raw = {"num_key_value_heads": heads} | raw
-        if raw.get("head_dim") is None:
-            raw = raw | {"head_dim": raw["hidden_size"] // heads}
         return cls(
             **{ours: raw[theirs] for ours, theirs in HF_CONFIG.items()},
-            rope_theta=float(rope["rope_theta"]),
-            rope_scaling={key: rope[key] for key in LLAMA3_SCALING} if kind == "llama3" else None,
-            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rope_scaling={key: raw[key] for key in LLAMA3_SCALING} if kind == "llama3" else None,
             tie_embeddings=raw.get("tie_word_embeddings") is True,
         )
 
     def to_hf(self) -> dict:
         """The config.json, which older and newer versions of `transformers` read."""
-        scaling = self.rope_scaling
         return {theirs: getattr(self, ours) for ours, theirs in HF_CONFIG.items()} | {
             "model_type": "llama",
             "architectures": ["LlamaForCausalLM"],
             "hidden_act": "silu",
-            "rms_norm_eps": self.norm_eps,
-            "rope_theta": self.rope_theta,
-            "rope_scaling": None if scaling is None else {"rope_type": "llama3", **scaling},
+            "rope_scaling": self.rope_scaling,
             "tie_word_embeddings": self.tie_embeddings,
         }
 
@@ -593,25 +583,31 @@ class LlamaConfig:
             "hidden_size": raw["dim"],
             "num_hidden_layers": raw["n_layers"],
             "num_attention_heads": raw["n_heads"],
-            "num_key_value_heads": raw.get("n_kv_heads") or raw["n_heads"],
+            "num_key_value_heads": raw.get("n_kv_heads"),
             "intermediate_size": d_ff,
-            "rope_theta": raw.get("rope_theta", 10_000.0),
+            "rope_theta": raw.get("rope_theta"),
+            "rope_scaling": LLAMA3_SCALING if raw.get("use_scaled_rope") else None,
             "rms_norm_eps": raw["norm_eps"],
         }
-        if raw.get("use_scaled_rope"):
-            in_hf["rope_scaling"] = LLAMA3_SCALING
         return cls.from_hf(in_hf)
 
 
-def check_whole_numbers(config: object, names: dict[str, str]) -> None:
-    """Raises ValueError, with the other name, if a field is no positive whole number."""
+def check_numbers(config: object, names: dict[str, str]) -> None:
+    """Raises ValueError, with the other name, for a number that is not positive, or not whole
+    where the default is."""
     for ours, theirs in names.items():
         value = getattr(config, ours)
-        if type(value) is not int or value <= 0:
-            raise ValueError(f"{theirs} is {value}, expected a positive whole number")
+        default = getattr(type(config), ours)
+        if type(value) not in (int, type(default)) or not 0 < value < math.inf:
+            raise ValueError(f"{theirs} is {value}, expected a number like {default}")
 
 
-# ---- Few rows on a CPU ----
+# ---- Matrices, and few rows on a CPU ----
+
+
+def make_embedding(n: int, dim: int) -> nn.Embedding:
+    """A table without values: PyTorch would fill it, which takes seconds."""
+    return nn.Embedding.from_pretrained(torch.empty(n, dim), freeze=False)
 
 
 class Linear(nn.Linear):

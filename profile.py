@@ -32,7 +32,6 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.util
-import inspect
 import os
 from functools import partial
 from importlib.machinery import PathFinder
@@ -136,8 +135,11 @@ def new_model(preset: str, device: str):
     )
 
 
-def open_model(name: str, device: str | None):
-    """A checkpoint, or a preset with random weights; on a GPU in bf16. Raises data.DataError."""
+def open_model(name: str, *, device: str | None = None):
+    """model: a checkpoint, or a preset with random weights; on a GPU in bf16.
+
+    device: cuda, mps or cpu; default: the first that is there. Raises data.DataError.
+    """
     import data
 
     device = data.find_device(device)
@@ -181,13 +183,15 @@ def measure(model, B: int, p: int, n: int, q: int, max_new_tokens: int, repeats:
 
 
 def run_model(
-    model,
+    model: str,
+    *,
     prompt_tokens: list[int] | None = None,
     input_tokens: int = 32,
     max_new_tokens: int = 1,
     limit: int = 10,
     repeats: int = 5,
     out_dir: str = "out/profile",
+    **opening,
 ) -> None:
     """Measure a model without caching, with instruction caching and with gist caching.
 
@@ -197,6 +201,7 @@ def run_model(
     """
     import data
 
+    model = open_model(model, **opening)
     lengths = [(p, 1, input_tokens) for p in prompt_tokens or []]
     lengths = lengths or human_lengths("llama-7b")[:limit]
     prompts = [measure(model, 1, *row, max_new_tokens, repeats) for row in lengths]
@@ -217,20 +222,24 @@ def run_model(
     data.save_figure(figure, f"{out_dir}/profile.png")
 
 
-def generate(model, repeats: int = 5) -> None:
+def generate(model: str, *, repeats: int = 5, **opening) -> None:
     """Measure tokens/s: prompts of 256 tokens, inputs and answers of 32, in batches of 1 and 16."""
+    model = open_model(model, **opening)
     for B in (1, 16):
         for caching, row in measure(model, B, 256, 1, 32, 32, repeats).items():
             print(f"batch {B:2}   {caching:12}{1000 * 32 * B / row['ms']:12,.1f} tokens/s")
 
 
-def train(model, batch_size: int = 8, length: int = 128, repeats: int = 5) -> None:
+def train(
+    model: str, *, batch_size: int = 8, length: int = 128, repeats: int = 5, **opening
+) -> None:
     """Measure ten training steps with AdamW, half of an example's tokens in its output."""
     from types import SimpleNamespace
 
     import data
     from train import Config, fill_in, fit
 
+    model = open_model(model, **opening)
     half = [1] * (length // 2)
     examples = [data.Example([*half, 0], [], half, {})] * batch_size
     tokenizer = SimpleNamespace(pad_id=0, gist_id=0)
@@ -248,7 +257,7 @@ def train(model, batch_size: int = 8, length: int = 128, repeats: int = 5) -> No
 
 
 def memory(
-    preset: str = "llama-7b", gpus: int = 1, micro_batch: int = 8, length: int = 512
+    *, preset: str = "llama-7b", gpus: int = 1, micro_batch: int = 8, length: int = 512
 ) -> None:
     """Estimate what training with AdamW and FSDP takes on every GPU.
 
@@ -278,40 +287,23 @@ def memory(
 
 # (`run` itself is the standard library's, once this file is imported.)
 COMMANDS = {
-    "paper": paper,
-    "run": run_model,
-    "train": train,
-    "generate": generate,
-    "memory": memory,
+    "paper": [paper],
+    "run": [run_model, open_model],
+    "train": [train, open_model],
+    "generate": [generate, open_model],
+    "memory": [memory],
 }
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Every command is a function, its parameters are the flags."""
-    from data import at_least
+    import eval
 
-    parser = argparse.ArgumentParser()
-    commands = parser.add_subparsers(required=True)
-    for text, call in COMMANDS.items():
-        command = commands.add_parser(text, description=call.__doc__)
-        command.set_defaults(call=call)
-        for name, parameter in inspect.signature(call).parameters.items():
-            if name == "model":
-                command.add_argument("model", help="a checkpoint, or a preset with random weights")
-                command.add_argument("--device", help="cuda, mps or cpu")
-                continue
-            kind = at_least(1) if "int" in parameter.annotation else str
-            nargs = "+" if "list" in parameter.annotation else None
-            command.add_argument(f"--{name}", default=parameter.default, type=kind, nargs=nargs)
-    return parser
+    return eval.make_parser("What gisting saves, and how fast everything is.", COMMANDS)
 
 
 def main() -> None:
-    flags = vars(make_parser().parse_args())
-    call = flags.pop("call")
-    if "model" in flags:
-        flags["model"] = open_model(flags["model"], flags.pop("device"))
-    call(**flags)
+    options = vars(make_parser().parse_args())
+    options.pop("function")(**options)
 
 
 if __name__ == "__main__":

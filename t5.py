@@ -43,9 +43,11 @@ from model import (
     Linear,
     RMSNorm,
     append,
-    check_whole_numbers,
+    check_numbers,
     generate_tokens,
     linear,
+    make_embedding,
+    no_padding,
 )
 
 
@@ -82,10 +84,11 @@ class Attention(nn.Module):
     def __init__(self, c: T5Config):
         super().__init__()
         self.heads = (c.n_heads, c.head_dim)
-        self.wq = Linear(c.d_model, c.n_heads * c.head_dim)
-        self.wk = Linear(c.d_model, c.n_heads * c.head_dim)
-        self.wv = Linear(c.d_model, c.n_heads * c.head_dim)
-        self.wo = Linear(c.n_heads * c.head_dim, c.d_model)
+        width = c.n_heads * c.head_dim
+        self.wq = Linear(c.d_model, width)
+        self.wk = Linear(c.d_model, width)
+        self.wv = Linear(c.d_model, width)
+        self.wo = Linear(width, c.d_model)
 
     def keys_values(self, x: Tensor) -> KeysValues:
         """x: (B, S, D). Returns two of (B, S, H, K)."""
@@ -154,10 +157,8 @@ class Stack(nn.Module):
     def __init__(self, c: T5Config, n_layers: int, decoder: bool):
         super().__init__()
         self.decoder = decoder
-        self.n_buckets = c.n_buckets
-        self.max_distance = c.max_distance
-        empty = torch.empty(c.n_buckets, c.n_heads)
-        self.relative_bias = nn.Embedding.from_pretrained(empty, freeze=False)
+        self.buckets = (c.n_buckets, c.max_distance)
+        self.relative_bias = make_embedding(c.n_buckets, c.n_heads)
         self.layers = nn.ModuleList(Block(c, decoder) for _ in range(n_layers))
         self.norm = RMSNorm(c.d_model, c.norm_eps)
 
@@ -167,7 +168,7 @@ class Stack(nn.Module):
         positions: (B, S) int64 of the keys; the last T are those of the queries.
         """
         distance = positions[:, None, :] - positions[:, -T:, None]  # (B, T, S)
-        buckets = relative_buckets(distance, not self.decoder, self.n_buckets, self.max_distance)
+        buckets = relative_buckets(distance, not self.decoder, *self.buckets)
         return self.relative_bias(buckets).permute(0, 3, 1, 2)
 
     def forward(
@@ -202,8 +203,7 @@ class T5(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
-        empty = torch.empty(config.vocab_size, config.d_model)  # nn.Embedding alone would fill it
-        self.embedding = nn.Embedding.from_pretrained(empty, freeze=False)
+        self.embedding = make_embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, config.n_layers, decoder=False)
         self.decoder = Stack(config, config.n_decoder_layers, decoder=True)
         self.output = None  # the embedding is the output head
@@ -238,7 +238,7 @@ class T5(nn.Module):
     def encode(
         self,
         source: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None,
         mask: Tensor | None,
         cross_mask: Tensor | None,
         positions: Tensor | None,
@@ -249,8 +249,12 @@ class T5(nn.Module):
         Returns its memory, keys and values (B, S, H, K) of the cache and the source for every
         decoder layer, and which of them it may see, (B, 1, 1, S) bool.
         """
-        past = None if cache is None else cache.with_room(source.shape[1])
-        cache = self.empty_cache(len(source)) if cache is None else cache
+        past = None
+        if cache is None:
+            cache = self.empty_cache(source)
+        else:
+            past = cache.with_room(source.shape[1])
+        attention_mask = no_padding(source) if attention_mask is None else attention_mask
         if positions is None:
             positions = cache.positions_behind(attention_mask)
         positions = torch.cat([cache.positions, positions], dim=1)  # (B, S)
@@ -285,8 +289,6 @@ class T5(nn.Module):
         target: (B, T) int64, the decoder's input, `config.start_id` first. The rest as in
         `generate`.
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(source, dtype=torch.bool)
         encoded = self.encode(source, attention_mask, mask, cross_mask, positions, cache)
         return self.logits(self.hidden(target, *encoded))
 
@@ -302,18 +304,17 @@ class T5(nn.Module):
 
         targets: (B, T) int64, the tokens to predict, then IGNORE_INDEX. The rest as in `generate`.
         """
-        no_padding = torch.ones_like(source, dtype=torch.bool)
-        encoded = self.encode(source, no_padding, mask, cross_mask, positions, None)
+        encoded = self.encode(source, None, mask, cross_mask, positions, None)
         # The decoder reads what it has to predict, one place later.
         target = F.pad(targets[:, :-1], (1, 0), value=self.config.start_id).clamp(min=0)
         is_label = targets != IGNORE_INDEX  # (B, T)
         logits = self.logits(self.hidden(target, *encoded)[is_label]).float()  # (labels, V)
         return F.cross_entropy(logits, targets[is_label], reduction="sum")
 
-    def empty_cache(self, batch: int) -> Cache:
+    def empty_cache(self, source: Tensor) -> Cache:
         c = self.config
         heads = (c.n_layers, c.n_heads, c.head_dim)
-        return Cache.empty(batch, heads, c.d_model, self.embedding.weight)
+        return Cache.empty(len(source), heads, c.d_model, self.embedding.weight)
 
     @torch.no_grad()
     def compress(
@@ -330,10 +331,9 @@ class T5(nn.Module):
         exact if no token of the prompt would have seen what follows.
         """
         T = source.shape[1]
-        if attention_mask is None:
-            attention_mask = torch.ones_like(source, dtype=torch.bool)
+        attention_mask = no_padding(source) if attention_mask is None else attention_mask
         mask = attention_mask[:, None, None] if mask is None else mask
-        cache = self.empty_cache(len(source))
+        cache = self.empty_cache(source)
         if positions is None:
             positions = cache.positions_behind(F.pad(attention_mask, (0, 1), value=True))
         past = cache.with_room(T)
@@ -362,8 +362,6 @@ class T5(nn.Module):
         positions: (B, T) int64, may be negative; None counts on from the cache, or from 0. A row
         ends at `eos_id`, all of them after max_new_tokens.
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(source, dtype=torch.bool)
         encoded = self.encode(source, attention_mask, mask, cross_mask, positions, cache)
         c = self.config
         heads = (c.n_decoder_layers, c.n_heads, c.head_dim)
@@ -382,7 +380,7 @@ class T5(nn.Module):
 
 # ---- The shape of a model, and how others write it down ----
 
-# Our names -> Hugging Face's, of a configuration's whole numbers and of the tensors (N: the layer).
+# Our names -> Hugging Face's, of a configuration's numbers.
 HF_CONFIG = {
     "vocab_size": "vocab_size",
     "d_model": "d_model",
@@ -393,24 +391,8 @@ HF_CONFIG = {
     "d_ff": "d_ff",
     "n_buckets": "relative_attention_num_buckets",
     "max_distance": "relative_attention_max_distance",
+    "norm_eps": "layer_norm_epsilon",
 }
-HF_NAMES = {"embedding": "shared", "output": "lm_head"}
-for stack, ffn in (("encoder", 1), ("decoder", 2)):  # ffn: which part of a layer it is
-    ours, theirs = f"{stack}.layers.N", f"{stack}.block.N.layer"
-    first = f"{stack}.block.0.layer.0.SelfAttention"
-    HF_NAMES[f"{stack}.relative_bias"] = f"{first}.relative_attention_bias"
-    HF_NAMES[f"{stack}.norm"] = f"{stack}.final_layer_norm"
-    HF_NAMES[f"{ours}.attention_norm"] = f"{theirs}.0.layer_norm"
-    HF_NAMES[f"{ours}.cross_norm"] = f"{theirs}.1.layer_norm"
-    HF_NAMES[f"{ours}.ffn_norm"] = f"{theirs}.{ffn}.layer_norm"
-    for x in "qkvo":
-        HF_NAMES[f"{ours}.attention.w{x}"] = f"{theirs}.0.SelfAttention.{x}"
-        HF_NAMES[f"{ours}.cross_attention.w{x}"] = f"{theirs}.1.EncDecAttention.{x}"
-    HF_NAMES[f"{ours}.feed_forward.w1"] = f"{theirs}.{ffn}.DenseReluDense.wi_0"  # 1.0: wi
-    HF_NAMES[f"{ours}.feed_forward.w2"] = f"{theirs}.{ffn}.DenseReluDense.wo"
-    HF_NAMES[f"{ours}.feed_forward.w3"] = f"{theirs}.{ffn}.DenseReluDense.wi_1"
-
-
 # fmt: off
 PRESETS = {
     "t5-tiny": dict(),
@@ -446,24 +428,37 @@ class T5Config:
     start_id: int = 0  # the decoder's first input; T5 uses its padding token
 
     def __post_init__(self):
-        check_whole_numbers(self, HF_CONFIG)
-        if type(self.start_id) is not int or not 0 <= self.start_id < self.vocab_size:
+        check_numbers(self, HF_CONFIG)
+        if self.start_id not in range(self.vocab_size):
             raise ValueError(f"decoder_start_token_id is {self.start_id}, expected a token's id")
-        if not 0 < self.norm_eps < math.inf:
-            raise ValueError(f"layer_norm_epsilon is {self.norm_eps}")
         if self.n_buckets < 4 or self.max_distance <= self.n_buckets:
             raise ValueError(f"{self.n_buckets} buckets cannot hold {self.max_distance} distances")
 
     @property
     def hf_names(self) -> dict[str, str]:
-        if self.gated:
-            return HF_NAMES
-        return {ours: theirs.replace("wi_0", "wi") for ours, theirs in HF_NAMES.items()}
+        """Our names -> Hugging Face's, of the tensors. N: the layer."""
+        names = {"embedding": "shared", "output": "lm_head"}
+        for stack, ffn in (("encoder", 1), ("decoder", 2)):  # ffn: which part of a layer it is
+            ours, theirs = f"{stack}.layers.N", f"{stack}.block.N.layer"
+            first = f"{stack}.block.0.layer.0.SelfAttention"
+            names[f"{stack}.relative_bias"] = f"{first}.relative_attention_bias"
+            names[f"{stack}.norm"] = f"{stack}.final_layer_norm"
+            names[f"{ours}.attention_norm"] = f"{theirs}.0.layer_norm"
+            names[f"{ours}.cross_norm"] = f"{theirs}.1.layer_norm"
+            names[f"{ours}.ffn_norm"] = f"{theirs}.{ffn}.layer_norm"
+            for x in "qkvo":
+                names[f"{ours}.attention.w{x}"] = f"{theirs}.0.SelfAttention.{x}"
+                names[f"{ours}.cross_attention.w{x}"] = f"{theirs}.1.EncDecAttention.{x}"
+            w1 = "wi_0" if self.gated else "wi"
+            names[f"{ours}.feed_forward.w1"] = f"{theirs}.{ffn}.DenseReluDense.{w1}"
+            names[f"{ours}.feed_forward.w2"] = f"{theirs}.{ffn}.DenseReluDense.wo"
+            names[f"{ours}.feed_forward.w3"] = f"{theirs}.{ffn}.DenseReluDense.wi_1"
+        return names
 
     @classmethod
     def from_name(cls, name: str, **changes) -> T5Config:
         """A preset of PRESETS; `changes` override its fields. KeyError if it is not there."""
-        return cls(**{**PRESETS[name], **changes})
+        return cls(**PRESETS[name] | changes)
 
     @classmethod
     def from_hf(cls, raw: dict) -> T5Config:
@@ -478,6 +473,7 @@ class T5Config:
             "num_decoder_layers": raw["num_layers"],
             "relative_attention_num_buckets": 32,
             "relative_attention_max_distance": 128,
+            "layer_norm_epsilon": 1e-6,
             "decoder_start_token_id": 0,
         }
         raw = missing | {key: value for key, value in raw.items() if value is not None}
@@ -486,7 +482,6 @@ class T5Config:
             **{ours: raw[theirs] for ours, theirs in HF_CONFIG.items()},
             gated=kind == "gated-gelu",
             tie_embeddings=tied is not False,
-            norm_eps=float(raw.get("layer_norm_epsilon", 1e-6)),
             start_id=raw["decoder_start_token_id"],
         )
 
@@ -496,7 +491,6 @@ class T5Config:
             "model_type": "t5",
             "architectures": ["T5ForConditionalGeneration"],
             "is_encoder_decoder": True,
-            "layer_norm_epsilon": self.norm_eps,
             "feed_forward_proj": "gated-gelu" if self.gated else "relu",
             "tie_word_embeddings": self.tie_embeddings,
             "decoder_start_token_id": self.start_id,

@@ -286,7 +286,7 @@ def test_a_condition_that_the_table_lacks_ends_in_one_line(runs, monkeypatch):
 def test_every_command_explains_its_flags(capsys):
     for name in ("run", "score", "compress", "attention", "plot", "judge", "winrate"):
         with pytest.raises(SystemExit) as stop:
-            evaluation.make_parser().parse_args([name, "--help"])
+            evaluation.make_parser("", evaluation.COMMANDS).parse_args([name, "--help"])
         assert stop.value.code == 0
         explained, flags = capsys.readouterr().out.split("\noptions:\n")
         for flag in set(flags.split()) & {f"--{n}" for n in ("out", "load", "base", "metric")}:

@@ -1,6 +1,7 @@
 """The worked solutions run, and gists that they cache answer exactly as their masks say."""
 
 import random
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from exercises import (  # isort: skip
     accumulating_gists,
     cartridge,
     gist_pretraining,
+    learn_to_compare,
     live_table,
     long_prompts,
     mean_of_two_gists,
@@ -367,3 +369,29 @@ def test_the_loss_from_a_cache_is_that_of_the_whole_row_and_moves_the_cache(reco
     trained = cartridge.train_cartridge(model, gist, [e], steps=20, lr=0.05)
     assert cartridge.cached_loss(model, trained, [e]) < before
     assert torch.equal(trained.positions, gist.positions)
+
+
+# ---- Learning to compare ----
+
+
+def blanked(text):
+    """The words of an instruction or a phrasing, with * for all that stands in a slot."""
+    text = re.sub(r"{\w+}", "*", text.lower())
+    for name in sorted(data.LIST_NAMES, key=len, reverse=True):
+        text = text.replace(name, "*")
+    arguments = {*data.WORDS, *data.NUMBERS, *data.ORDINALS}
+    return tuple("*" if word in arguments else word for word in re.findall(r"\w+|\*", text))
+
+
+def test_learn_to_compare_runs_on_phrasings_that_are_not_the_human_ones():
+    """Each has its kind's slots, and one at least: else all its texts are held out, or none."""
+    human = data.read_records(data.ASSETS / "human.json")
+    by_hand = {blanked(record["instruction"]) for record in human}
+    templates = learn_to_compare.read_templates(many=True)
+    for phrasings in templates.values():
+        slots = [set(re.findall(r"{(\w+)}", phrasing)) for phrasing in phrasings]
+        assert all(slots) and len({frozenset(some - {"list"}) for some in slots}) == 1
+        texts = {blanked(phrasing) for phrasing in phrasings}
+        assert len(texts) == len(phrasings) and not texts & by_hand
+    text = run("learn_to_compare", "--phrasings", "--max_steps", 2, "--n_valid", 2)
+    assert all(f"\n{kind} " in text for kind in [*templates, "two steps", "human"])

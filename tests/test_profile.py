@@ -290,7 +290,7 @@ def test_a_numbered_gpu_is_the_one_that_is_measured(monkeypatch):
     monkeypatch.setattr(data, "find_device", lambda name: name)
     monkeypatch.setattr(profile, "new_model", new_model)
     with pytest.raises(StopIteration):
-        profile.open_model("llama-tiny", "cuda:1")
+        profile.open_model("llama-tiny", device="cuda:1")
     assert made_on == ["cuda:1"]
     source = (ROOT / "profile.py").read_text()
     assert "torch.cuda" not in source  # nothing asks for the current device

@@ -16,38 +16,29 @@ import data
 import eval
 import train
 
-# Kinds that compare every word of the list with a: each word of their answers is a lesson.
+# Kinds that compare every word of the list with a, so each word of the answer is a lesson: say yes
+# for a and no for others; say b for a and c for others; write b before each a; and after each a.
 DENSE = {
-    # For every word say yes if it is a and no if it is not.
     "mark": lambda w, a: ["yes" if word == a else "no" for word in w],
-    # For every word say b if it is a and c if it is not.
     "mark say": lambda w, a, b, c: [b if word == a else c for word in w],
-    # Write b before every a, and after every a.
     "before a": lambda w, a, b: [x for word in w for x in ([b, a] if word == a else [word])],
     "after a": lambda w, a, b: [x for word in w for x in ([a, b] if word == a else [word])],
 }
 KINDS = data.KINDS | DENSE
-COMPARES = [kind for kind in data.KINDS if kind in data.COMPARES]
-OTHERS = [kind for kind in data.KINDS if kind not in data.COMPARES]
+GROUPS = {
+    "other kinds": [kind for kind in data.KINDS if kind not in data.COMPARES],
+    "two steps": ["two steps"],
+    "comparing": [kind for kind in data.KINDS if kind in data.COMPARES],
+    "dense": list(DENSE),
+}
 
 
 def read_templates(many: bool) -> dict[str, list[str]]:
     """The phrasings of every kind: the core's four or five, or `many`, twenty more of each."""
     more = json.loads(Path(__file__).with_name("phrasings.json").read_text())
-    templates = {kind: more[kind] for kind in DENSE}
-    for kind, phrasings in data.TEMPLATES.items():
-        templates[kind] = phrasings + more[kind] if many else phrasings
-    return templates
-
-
-def draw_kind(rng: random.Random, dense: float) -> str:
-    """A kind to train on: 60 % of the examples compare, the share `dense` of these every word."""
-    draw = rng.random()
-    if draw < 0.08:
-        return "two steps"
-    if draw < 0.4:
-        return rng.choice(OTHERS)
-    return rng.choice(list(DENSE) if rng.random() < dense else COMPARES)
+    if not many:
+        more = {kind: more[kind] for kind in DENSE}
+    return {kind: data.TEMPLATES.get(kind, []) + more.get(kind, []) for kind in KINDS}
 
 
 def make_list(rng: random.Random, kind: str, slots: dict, training: bool) -> list[str]:
@@ -62,7 +53,7 @@ def make_list(rng: random.Random, kind: str, slots: dict, training: bool) -> lis
         return [slots["a"] if rng.random() < 0.4 else word for word in words]
     if kind == "which":
         words[place] = slots["a"] if draw < 0.5 else slots["b"]
-    elif kind in COMPARES and draw < (0.5 if kind in ("is there", "if there") else 0.9):
+    elif kind in data.COMPARES and draw < (0.5 if kind in ("is there", "if there") else 0.9):
         words[place] = slots["a"]
     return words
 
@@ -85,11 +76,15 @@ def make_record(rng: random.Random, kind: str, templates: dict, training: bool =
     return record | {"output": answer, "source": kind, "slots": slots}
 
 
-def make_records(n: int, rng: random.Random, templates: dict, dense=0.0, kind=None) -> list[dict]:
-    """n examples of the training mix, or of a kind on instructions that training never meets."""
+def make_records(n: int, rng: random.Random, templates: dict, dense=0, kind=None) -> list[dict]:
+    """n examples of a kind, on instructions that training never meets; None: of the training mix.
+
+    dense: percent of the training mix; together with the other comparing kinds they are 60.
+    """
     training, records = kind is None, []
     while len(records) < n:
-        record = make_record(rng, kind or draw_kind(rng, dense), templates, training)
+        group = rng.choices(list(GROUPS.values()), (32, 8, 60 - dense, dense))[0]
+        record = make_record(rng, kind or rng.choice(group), templates, training)
         if record["output"] and data.is_held_out(record["instruction"]) != training:
             records.append(record)
     return records
@@ -107,7 +102,7 @@ def always_the_commonest(records: list[dict]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Learn the kinds that look for a word.")
     parser.add_argument("--phrasings", action="store_true", help="25 phrasings a kind, not 4")
-    parser.add_argument("--dense", type=float, default=0.25, help="share that compares every word")
+    parser.add_argument("--dense", type=int, default=15, help="percent that compare every word")
     parser.add_argument("--muon_lr", type=float, default=0.01)
     parser.add_argument("--max_steps", type=int, default=2800)
     parser.add_argument("--n_valid", type=int, default=40, help="unseen instructions of each kind")
@@ -115,7 +110,7 @@ def main() -> None:
     templates = read_templates(flags.phrasings)
     config = train.Config(max_steps=flags.max_steps, muon_lr=flags.muon_lr, decay=0.8)
     config = train.fill_in(config)
-    n_train = config.max_steps * config.batch_size
+    n_train = config.max_steps * config.batch_size  # every step has new ones
     records = make_records(n_train, random.Random(0), templates, flags.dense)
     model, tokenizer = train.make_model(config, records)
     examples, _ = data.make_examples(records, tokenizer, config.n_gist)
@@ -123,7 +118,7 @@ def main() -> None:
 
     model.eval()
     rng = random.Random(1)  # the same tests, whatever the model was trained on
-    kinds = [*OTHERS, "two steps", *COMPARES, *DENSE]
+    kinds = sum(GROUPS.values(), [])
     tests = {kind: make_records(flags.n_valid, rng, templates, kind=kind) for kind in kinds}
     tests["human"] = data.read_records(data.ASSETS / "human.json")
     exact = {}
@@ -133,8 +128,8 @@ def main() -> None:
         texts = eval.answer(model, tokenizer, examples, config.condition, max_new_tokens=32)
         exact[kind] = 100 * mean(text == r["output"] for text, r in zip(texts, records))
         print(f"{kind:18} {always_the_commonest(records):9.1f} {exact[kind]:6.1f}")
-    for name, kinds in {"others": OTHERS, "comparing": COMPARES, "dense": DENSE}.items():
-        print(f"{f'mean of {name}':28} {mean(exact[kind] for kind in kinds):6.1f}")
+    for name, kinds in GROUPS.items():
+        print(f"{f'mean, {name}':28} {mean(exact[kind] for kind in kinds):6.1f}")
 
 
 if __name__ == "__main__":
