@@ -1,8 +1,22 @@
-"""Learn to compare: what a tiny model has to see before it finds a word in a list.
+"""Learn to compare: what does a tiny model have to see before it finds a word in a list?
 
-    python -m tests.exercises.learn_to_compare --phrasings
+    python -m tests.exercises.learn_to_compare
 
-DOCSTRING
+Few of the built-in answers depend on where a word is. Here 60 % of the examples compare: yes is as
+likely as no, a word to replace is often at several places, and a quarter of them ask about every
+word of the list (DENSE). The learning rate is lower and falls earlier.
+
+Exact match in percent on 40 unseen instructions a kind (in brackets: always giving the commonest
+answer), 4 or 5 phrasings against 25 (--phrasings); one seed, 19 and 13 minutes on a busy machine.
+It still hardly compares. More phrasings raise the human split, and lower the other kinds:
+
+               4 phrasings     25 phrasings                4 phrasings  25 phrasings
+    replace     7.5  ( 2.5)     10.0  ( 2.5)  other kinds         99.2          90.5
+    remove     17.5  ( 2.5)     22.5  ( 2.5)  two steps           62.5          75.0
+    is there   72.5  (50.0)     72.5  (50.0)  comparing           47.1          45.0
+    if there   55.0  (52.5)     47.5  (55.0)  dense               14.4          24.4
+    which      92.5  (65.0)     97.5  (55.0)  human               31.1          54.7
+    next       37.5  (40.0)     20.0  (27.5)
 """
 
 import argparse
@@ -42,10 +56,7 @@ def read_templates(many: bool) -> dict[str, list[str]]:
 
 
 def make_list(rng: random.Random, kind: str, slots: dict, training: bool) -> list[str]:
-    """A list of words for an instruction with these slots. Yes is as likely as no, a as b.
-
-    In training, the word to replace or remove is often at many places.
-    """
+    """A list with the word to look for; in training, one to replace is often at many places."""
     n_words = rng.randint(3, 6 if kind in DENSE else 5)
     words = rng.sample([word for word in data.WORDS if word not in slots.values()], n_words)
     place, draw = rng.randrange(n_words), rng.random()
@@ -71,9 +82,9 @@ def make_record(rng: random.Random, kind: str, templates: dict, training: bool =
     values |= dict(n=data.NUMBERS[n], nth=data.ORDINALS[nth], list=rng.choice(data.LIST_NAMES))
     text = template.format(**values)
     words = make_list(rng, kind, slots, training)
-    answer = " ".join(KINDS[kind](words, **slots))
     record = {"instruction": text[0].upper() + text[1:], "input": " ".join(words)}
-    return record | {"output": answer, "source": kind, "slots": slots}
+    output = " ".join(KINDS[kind](words, **slots))
+    return record | {"output": output, "source": kind, "slots": slots}
 
 
 def make_records(n: int, rng: random.Random, templates: dict, dense=0, kind=None) -> list[dict]:
