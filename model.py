@@ -557,7 +557,7 @@ class LlamaConfig:
             raw["head_dim"] = raw["hidden_size"] // heads
         for group in ("rope_scaling", "rope_parameters"):
             raw |= raw.get(group, {})
-        kind = raw.get("rope_type", raw.get("type", "default"))
+        kind = raw["rope_type"] = raw.get("rope_type", raw.get("type", "default"))
         activation = raw.get("hidden_act", "silu")
         if kind not in ("default", "llama3") or activation != "silu":
             raise ValueError(f"rotary type {kind} and hidden_act {activation} are not supported")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from gist_mask import cross_mask, decoder_mask, positions
 from model import (
     IGNORE_INDEX,
+    LLAMA3_SCALING,
     Cache,
     Linear,
     Llama,
@@ -272,6 +273,24 @@ def test_llama3_scaling_stretches_long_waves_and_keeps_short_ones():
             smooth = (8192 / wave - 1) / (4 - 1)
             expected = (1 - smooth) * before / 8 + smooth * before
         assert after == pytest.approx(expected, rel=1e-5)
+
+
+def test_rotary_scaling_is_read_from_every_layout():
+    old = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    old |= dict(intermediate_size=8, rope_theta=500_000.0)
+    numbers = {key: LLAMA3_SCALING[key] for key in LLAMA3_SCALING if key != "rope_type"}
+    meta = dict(dim=32, n_layers=1, n_heads=2, norm_eps=1e-6, rope_theta=500_000.0)
+    configs = [
+        LlamaConfig.from_hf(old | {"rope_scaling": numbers | {"rope_type": "llama3"}}),
+        LlamaConfig.from_hf(old | {"rope_scaling": numbers | {"type": "llama3"}}),
+        LlamaConfig.from_hf(old | {"rope_parameters": numbers | {"rope_type": "llama3"}}),
+        LlamaConfig.from_meta(meta | {"use_scaled_rope": True}, vocab_size=9, d_ff=8),
+    ]
+    plain = rope_frequencies(LlamaConfig.from_hf(old))
+    for config in configs:
+        frequencies = rope_frequencies(config)
+        assert torch.equal(frequencies, rope_frequencies(configs[0]))
+        assert not torch.equal(frequencies, plain)
 
 
 def test_the_papers_model_has_its_number_of_parameters():
