@@ -99,6 +99,8 @@ def answer(
     masks = {"mask": mask_of(model)(*row)[:, :, P:, columns]}
     if is_t5:
         masks["cross_mask"] = cross_mask[..., columns]
+    if P == 0:  # no cache says where the input stands: the gist is in these rows
+        masks["positions"] = gist_mask.positions(tokens, gist_id)
     new = model.generate(
         *inputs, **masks, cache=cache, max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id
     )

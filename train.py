@@ -626,7 +626,7 @@ CHOICES = {
     "parallel": ("fsdp", "ddp"),
 }
 MAY_BE_0 = ("n_gist", "max_steps", "seed")
-AT_MOST = {"beta2": 0.9999}
+AT_MOST = {"beta2": 0.9999, "warmup": 1, "decay": 1}
 
 # The paper's hyperparameters (section 4.1 and appendix A) for the pretrained model in --init_from.
 # Its code sets no betas, so they are AdamW's usual ones. What differs here: T5's dropout of 0.1 was
@@ -692,6 +692,10 @@ def fill_in(config: Config) -> Config:
         arch = "t5" if is_t5 else "llama"
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = data.find_device("cuda:" + os.environ["LOCAL_RANK"])
+    for name, choices in CHOICES.items():
+        value = getattr(config, name)
+        if value is not None and value not in choices:
+            raise DataError(f"--{name} {value}: choose from {', '.join(choices)}")
     if config.n_gist == 0 and not gist_mask.table(config.condition).all():
         raise DataError(f"--condition {config.condition} hides something: it needs --n_gist 1")
     if config.d_model % (2 * config.n_heads):

@@ -112,6 +112,42 @@ def test_a_batch_of_one_gives_the_same_answers(arch, condition):
     assert together == alone
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+@pytest.mark.parametrize("condition", gist_mask.CONDITIONS)
+def test_answers_stand_where_positions_says_as_in_training(arch, condition, monkeypatch):
+    """The input ten positions further from the gist, by an edit of `positions` alone."""
+    counted = gist_mask.positions
+
+    def further(tokens, gist_id):
+        is_input = gist_mask.segments(tokens, gist_id) == INPUT
+        return counted(tokens, gist_id) + 10 * is_input
+
+    monkeypatch.setattr(gist_mask, "positions", further)
+    model = make_model(arch, seed=3)
+    for name, weight in model.named_parameters():  # answers that depend on positions
+        if "bias" in name or "wq" in name:
+            weight.mul_(20)
+    examples = random_examples(random.Random(3), 1)
+    answers = evaluation.answer(model, Tokenizer(), examples, condition, 6)
+    for example, answer in zip(examples, answers):
+        new = [] if arch == "llama" else [START]
+        for token in map(int, answer.split()):
+            source = example.prompt + example.input
+            row = torch.tensor([source + new if arch == "llama" else source])
+            there = further(row, GIST)
+            if arch == "llama":
+                logits = model(row, gist_mask.decoder_mask(row, GIST, condition), there)
+            else:
+                mask = gist_mask.encoder_mask(row, GIST, condition)
+                cross_mask = gist_mask.cross_mask(row, GIST, condition)
+                logits = model(row, torch.tensor([new]), mask, cross_mask, positions=there)
+            assert int(logits[0, -1].argmax()) == token
+            if token == GIST:  # a gist token in an answer would begin another segment
+                break
+            new.append(token)
+
+
 @pytest.mark.parametrize("arch", ["llama", "t5"])
 def test_rows_without_gist_tokens_are_not_masked(arch):
     model = make_model(arch, seed=1)

@@ -89,3 +89,19 @@ def test_drawing_the_loss_leaves_no_figure_open(tmp_path):
         train.draw_losses([tmp_path], tmp_path / "loss.png")
         evaluation.plot([str(tmp_path)], kind="loss", out=str(tmp_path / "a.png"))
     assert pyplot.get_fignums() == before
+
+
+@pytest.mark.parametrize(
+    "name", ["condition", "arch", "optimizer", "schedule", "dtype", "parallel"]
+)
+def test_a_choice_that_there_is_not_is_refused_from_a_notebook_too(name, tmp_path):
+    config = train.Config(**{name: "sgd"}, out_dir=str(tmp_path / "run"), device="cpu")
+    with pytest.raises(data.DataError, match=f"--{name} sgd: choose from"):
+        train.train(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", ["--warmup", "--decay"])
+def test_a_share_of_the_steps_is_at_most_one(flag, tmp_path):
+    done = command("train.py", flag, "500", "--out_dir", tmp_path / "run")
+    assert done.returncode == 2 and flag in done.stderr and not (tmp_path / "run").exists()
