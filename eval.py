@@ -121,6 +121,8 @@ def compress_prompts(
     padding, which stands on the left; None is no padding.
     """
     row = (tokens, gist_id, condition, attention_mask)
+    if attention_mask is not None:
+        assert attention_mask[:, -1:].all(), "prompts have to be padded on the left"
     return model.compress(
         tokens,
         attention_mask,

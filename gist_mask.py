@@ -20,6 +20,8 @@ instruction.
     mask[q, k] = TABLE[condition][segment(q)][segment(k)]  and  k is not padding
                  and, in a decoder, k <= q;      or  k = q: every token sees itself
 
+A row without gist tokens is not masked, but for padding and, in a decoder, later tokens.
+
 TABLE is the only place that knows a condition. Training, answering and measuring all ask this file,
 so a new entry there is a new condition everywhere.
 
@@ -50,7 +52,7 @@ TABLE = {
                     [0, 0, 1]],
 }
 # fmt: on
-CONDITIONS = tuple(TABLE)
+CONDITIONS = tuple(TABLE)  # those of the paper
 
 
 def segments(tokens: Tensor, gist_id: int) -> Tensor:

@@ -101,7 +101,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         q, k, v = self.queries_keys_values(x, cos, sin)
         if past is not None:
-            k, v = append(past, k, v, mask.shape[-1])  # (B, S, H_kv, K)
+            end = mask.shape[-1]  # the mask is as wide as all columns, the new ones last
+            k, v = append(past, k, v, end)  # (B, S, H_kv, K)
         group = q.shape[2] // k.shape[2]  # query heads that share a key-value head
         if group > 1 and x.is_cuda:  # where a mask and groups together have no fast kernel
             k = k.repeat_interleave(group, dim=2)
@@ -281,7 +282,7 @@ class Llama(nn.Module):
         """
         T = tokens.shape[1]
         attention_mask = no_padding(tokens) if attention_mask is None else attention_mask
-        with_next = F.pad(attention_mask, (0, 1), value=True)
+        with_next = F.pad(attention_mask, (0, 1), value=True)  # for the position of what follows
         mask, positions, cache = self.fill_in(with_next, mask, positions, None)
         past = cache.with_room(T)
         hidden = self.hidden(tokens, mask[:, :, :T, :T], positions[:, :T], past)
@@ -623,7 +624,10 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W'. On a CPU, few rows, as in decoding, are far faster as (W x')'; one row goes twice."""
+    """x W'. On a CPU, few rows, as in decoding, are far faster as (W x')'.
+
+    One row goes twice: a matrix times a vector is slower than times two of them.
+    """
     rows = x.reshape(-1, x.shape[-1])  # (R, n_in)
     n = len(rows)
     few = n <= 128 and x.device.type == "cpu" and x.dtype == torch.float32

@@ -186,7 +186,7 @@ def check_finite(step, **values):
     for name, value in values.items():
         if not math.isfinite(value):
             raise DataError(
-                f"at step {step} the {name} is {value}: stopped, and nothing of it is saved; start "
+                f"at step {step} the {name} is {value}: stopped, and this step is not saved; start "
                 "over with a smaller --lr"
             )
 

@@ -166,6 +166,12 @@ def test_a_cache_keeps_what_the_input_sees(arch, condition, kept):
     assert cache.length == kept and cache.next_position.tolist() == [[2], [2]]
 
 
+def test_prompts_padded_on_the_right_are_refused():
+    tokens, attention_mask = data.pad([[5, 6, 7, GIST], [8, GIST]], PAD)
+    with pytest.raises(AssertionError, match="left"):
+        evaluation.compress_prompts(make_model("llama", 0), tokens, attention_mask, GIST)
+
+
 def test_an_unknown_condition_is_an_error_that_lists_those_there_are():
     examples = random_examples(random.Random(0), 1)
     with pytest.raises(ValueError, match="gist, pos_control, neg_control"):

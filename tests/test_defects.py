@@ -13,20 +13,12 @@ import eval as evaluation
 import train
 
 ROOT = Path(__file__).parent.parent
-RECORD = {"instruction": "Say a.", "input": "", "output": "a"}
 
 
 def command(*args):
     return subprocess.run(
         [sys.executable, *map(str, args)], capture_output=True, text=True, cwd=ROOT
     )
-
-
-def test_a_data_file_belongs_to_one_split_and_may_be_json_lines(tmp_path):
-    (tmp_path / "a_train.jsonl").write_text(json.dumps(RECORD) + "\n")
-    (tmp_path / "constrained_validation_unseen.json").write_text(json.dumps([RECORD] * 2))
-    splits = data.load_instructions(str(tmp_path))
-    assert [len(splits[split]) for split in ("train", "seen", "unseen", "human")] == [1, 0, 2, 0]
 
 
 @pytest.mark.parametrize("condition", ["gist", "neg_control"])
@@ -38,25 +30,8 @@ def test_a_condition_without_gist_tokens_is_not_trained_under_another_name(condi
     assert not out_dir.exists()
 
 
-def test_a_missing_run_is_answered_with_the_command_that_makes_it():
-    done = command("eval.py", "run", "out/no-such-run")
-    assert done.returncode == 2 and "python train.py" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
-def test_a_closed_pipe_ends_quietly():
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "eval.py", "--help"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait() == 0
-    process.stderr.close()
-
-
 def test_a_long_answer_and_half_a_letter_are_written_and_read_again(tmp_path):
-    record = RECORD | {"instruction": "\ud800"}
+    record = {"instruction": "\ud800", "input": "", "output": "a"}
     evaluation.write_outputs(tmp_path / "long.csv", [record], ["word " * 50_000])
     (row,) = evaluation.read_outputs(str(tmp_path / "long.csv"))
     assert len(row["y_pred"]) == 250_000 and row["x"] == "Instruction: ?"

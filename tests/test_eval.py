@@ -23,17 +23,6 @@ def command(*args, cwd=ROOT):
     )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A small data set in the Alpaca+ layout, without a seen split."""
-    folder = tmp_path_factory.mktemp("data")
-    records = data.builtin(60, 6)
-    (folder / "a_train.json").write_text("\n".join(json.dumps(r) for r in records["train"]))
-    (folder / "a_validation_unseen.json").write_text(json.dumps(records["unseen"]))
-    (folder / "a_validation_human.json").write_text(json.dumps(records["human"][:3]))
-    return folder
-
-
 def train_run(folder, out, **changes):
     """A run of two gist tokens, hardly trained."""
     sizes = dict(d_model=16, n_layers=2, n_heads=2, batch_size=4, vocab_size=400, max_steps=6)

@@ -47,17 +47,6 @@ def weights(model):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A small data set in the Alpaca+ layout, without a seen split."""
-    folder = tmp_path_factory.mktemp("data")
-    records = data.builtin(60, 6)
-    (folder / "a_train.json").write_text("\n".join(json.dumps(r) for r in records["train"]))
-    (folder / "a_validation_unseen.json").write_text(json.dumps(records["unseen"]))
-    (folder / "a_validation_human.json").write_text(json.dumps(records["human"][:3]))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "gist-2"
     flags = ["--n_gist", 2, "--max_steps", 6, "--save_every", 4]

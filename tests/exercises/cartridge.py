@@ -1,12 +1,23 @@
 """A cartridge: gradient descent on one prompt's gist itself, with the model frozen.
 
-    python -m tests.exercises.cartridge out/llama-gist-1 --kind replace        # minutes
+    python -m tests.exercises.cartridge out/llama-gist-1 --kind replace        # a minute and a half
 
 A gist model writes a prompt into the keys and values of one token in a single forward pass. What
 could that token hold at best? Take one instruction and examples of it, start from the gist that the
 model writes, and train these keys and values alone to answer the examples (Eyuboglu et al. 2025,
 "Cartridges", arXiv 2506.06266). Both are then tested on other inputs: if the trained one is right
 where the written one is not, then the token has room, and it is the writing that fails.
+
+With the model of the main job, 300 steps on 64 examples of one instruction, 100 others to test, exact
+match in percent, three instructions each (a minute and a half a kind):
+
+    kind        written         trained
+    replace     15, 27, 23      97, 88, 98
+    remove      21, 11, 29      76, 52, 67
+    surround    100, 100, 100   100, 100, 99
+
+So one token has room for more than the model writes into it: a gist that has the word found is
+there, and the frozen model can use it.
 
 Needs a LLaMA run. The model copies a cache before it goes on from it, so gradients flow back into
 the cache's keys and values like into any other input.

@@ -5,6 +5,10 @@
 A gist's keys and values are numbers, so two gists have a mean. The program answers from
 (1 - t) a + t b for t from 0 to 1. At the ends stand the answers of both prompts. What stands in the
 middle: one of the two, a blend, or nonsense? Where does it change?
+
+For "Add lamp before the first word." and "... after the last word.", the main job's model answered
+"lamp fox cup sun" up to t = 0.3, both lamps at 0.4, "fox fox cup sun lamp" in the middle, and "fox
+cup sun lamp" from 0.7 on: a blend in a narrow zone, and one of the two elsewhere.
 """
 
 import argparse
