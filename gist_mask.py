@@ -30,7 +30,6 @@ file to see the masks.
 """
 
 import argparse
-import os
 
 import torch
 from torch import Tensor
@@ -148,70 +147,31 @@ def prompt_sees_input(condition: str) -> bool:
 # ---- An example to look at ----
 
 EXAMPLE = "Translate to French <G> The cheese Output: Le fromage"
-COLORS = ["tab:blue", "tab:red", "tab:green"]  # of prompt, gist and input
+
+
+def example(n_gist: int = 1) -> tuple[list[str], Tensor]:
+    """The words of the example, and their tokens (1, T) int64: 1 for a gist token, 0 for others."""
+    words = EXAMPLE.replace("<G>", "<G> " * n_gist).split()
+    return words, torch.tensor([[int(word == "<G>") for word in words]])
 
 
 def as_text(words: list[str], mask: Tensor) -> str:
     """A line for every query, a column for every key. mask: (T, T) bool."""
     width = max(len(word) for word in words)
     lines = [" " * width + " " + " ".join(words)]
-    for word, row in zip(words, mask.tolist(), strict=True):
-        marks = ["x" if seen else "." for seen in row]
-        columns = [mark.center(len(key)) for mark, key in zip(marks, words, strict=True)]
-        lines.append(f"{word:>{width}} {' '.join(columns)}")
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def draw(words: list[str], segment: Tensor, masks: dict[str, Tensor], path: str) -> None:
-    """Draw the masks side by side: a colored square where the query (row) sees the key (column)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.colors import to_rgb
-    from matplotlib.patches import Patch
-
-    colors = [COLORS[s] for s in segment.tolist()]
-    shade = torch.tensor([to_rgb(color) for color in colors])  # (T, 3) a color for every key
-    size = (4.2 * len(masks), 5.4)
-    figure, axes = plt.subplots(1, len(masks), figsize=size, layout="constrained", squeeze=False)
-    for ax, (condition, mask) in zip(axes[0], masks.items(), strict=True):
-        ax.imshow(torch.where(mask[:, :, None], shade, torch.tensor(0.94)).numpy())
-        ax.set_title(condition)
-        ax.set_xticks(range(len(words)), words, rotation=90)
-        ax.set_yticks(range(len(words)), words)
-        for axis in (ax.xaxis, ax.yaxis):
-            for label, color in zip(axis.get_ticklabels(), colors, strict=True):
-                label.set_color(color)
-            axis.set_ticks([i - 0.5 for i in range(len(words))], minor=True)
-        ax.grid(which="minor", color="white", linewidth=2)
-        ax.tick_params(which="both", length=0)
-    axes[0, 0].set(xlabel="... sees these keys", ylabel="query: this token ...")
-    names = ["prompt", "gist", "input and output"]
-    patches = [Patch(color=c, label=name) for c, name in zip(COLORS, names, strict=True)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)
-    root, ending = os.path.splitext(path)
-    figure.savefig(f"{root}.tmp{ending}", dpi=120)
-    os.replace(f"{root}.tmp{ending}", path)
+    for word, row in zip(words, mask.tolist()):
+        columns = [("x" if seen else ".").center(len(key)) for seen, key in zip(row, words)]
+        lines.append(f"{word:>{width}} {' '.join(columns)}".rstrip())
+    return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print (and draw) the masks of a small example.")
+    parser = argparse.ArgumentParser(description="Print the masks of a small example.")
     parser.add_argument("--n_gist", type=int, default=1, help="number of gist tokens (%(default)s)")
-    parser.add_argument("--out", metavar="FILE.png", help="also draw the masks into this file")
-    args = parser.parse_args()
-    if not 0 <= args.n_gist <= 100:
-        parser.error("--n_gist must be from 0 to 100")
-    words = EXAMPLE.replace("<G>", "<G> " * args.n_gist).split()
-    tokens = torch.tensor([[int(word == "<G>") for word in words]])  # (1, T); 1 is the gist's id
-    masks = {condition: decoder_mask(tokens, 1, condition)[0, 0] for condition in TABLE}
-    print("\n\n".join(f"{name}\n{as_text(words, mask)}" for name, mask in masks.items()))
-    if args.out:
-        try:
-            draw(words, segments(tokens, 1)[0], masks, args.out)
-        except (OSError, ValueError) as error:
-            parser.error(f"--out {args.out}: cannot write the picture: {error}")
-        print(f"\nwrote {args.out}")
+    words, tokens = example(parser.parse_args().n_gist)
+    for condition in TABLE:
+        mask = decoder_mask(tokens, gist_id=1, condition=condition)[0, 0]
+        print(f"{condition}\n{as_text(words, mask)}\n")
 
 
 if __name__ == "__main__":

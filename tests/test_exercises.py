@@ -395,3 +395,10 @@ def test_learn_to_compare_runs_on_phrasings_that_are_not_the_human_ones():
         assert len(texts) == len(phrasings) and not texts & by_hand
     text = run("learn_to_compare", "--phrasings", "--max_steps", 2, "--n_valid", 2)
     assert all(f"\n{kind} " in text for kind in [*templates, "two steps", "human"])
+
+
+@pytest.mark.parametrize("n_gist", [0, 2])
+def test_draw_masks_writes_a_picture(n_gist, tmp_path):
+    picture = tmp_path / "masks.png"
+    assert f"wrote {picture}" in run("draw_masks", "--n_gist", n_gist, "--out", picture)
+    assert picture.read_bytes().startswith(b"\x89PNG") and list(tmp_path.iterdir()) == [picture]
