@@ -44,9 +44,7 @@ def main() -> None:
     flags = parser.parse_args()
     words, tokens = gist_mask.example(flags.n_gist)
     n = len(gist_mask.TABLE)
-    figure, _ = data.new_figure(4.2 * n, 4.9)
-    figure.clear()
-    axes = figure.subplots(1, n, squeeze=False)[0]
+    figure, axes = data.new_figure(4.2 * n, 4.9, n)
     for ax, condition in zip(axes, gist_mask.TABLE):
         mask = gist_mask.decoder_mask(tokens, 1, condition)[0, 0]
         draw(ax, words, gist_mask.segments(tokens, 1)[0], mask)
