@@ -120,46 +120,59 @@ def to_record(item):
 # A model trained from scratch cannot learn the world in minutes, so these ask for what it can learn
 # and still needs the instruction for: what to do with a short list of everyday words. The words and
 # the phrasings are in assets/builtin.json. Slots of a phrasing: {a} {b} {c} words, {n} two or
-# three, {nth} first, second or third, {list} a name for the list.
+# three, {nth} first, second or third, {list} a name for the list. As in a language, a few phrasings
+# are common and many are rare: the one at rank r comes r ** -1.3 times as often as the first.
 
 BUILTIN = json.loads((ASSETS / "builtin.json").read_text())
-WORDS, NUMBERS, ORDINALS, LIST_NAMES, TEMPLATES = BUILTIN.values()  # TEMPLATES: by kind
+WORDS, NUMBERS, ORDINALS, LIST_NAMES, PHRASINGS = BUILTIN.values()  # PHRASINGS: by kind
 
-# What every kind does to the list w, given the slots that its phrasings have; nth counts from 0.
-KINDS = {
-    # the order of the list
-    "reverse": lambda w: w[::-1],
-    "first to end": lambda w: w[1:] + w[:1],
-    "swap ends": lambda w: w[-1:] + w[1:-1] + w[:1],
-    # parts of it
-    "keep first": lambda w, n: w[:n],
-    "keep last": lambda w, n: w[-n:],
-    "drop first": lambda w: w[1:],
-    "drop last": lambda w: w[:-1],
-    "nth": lambda w, nth: [w[nth]],
-    # repeating and counting
-    "double": lambda w: [x for word in w for x in (word, word)],
-    "repeat nth": lambda w, nth: w[: nth + 1] + w[nth:],
-    "count": lambda w: [NUMBERS[len(w)]],
-    # a word to insert
-    "prepend": lambda w, a: [a] + w,
-    "append": lambda w, a: w + [a],
-    "surround": lambda w, a, b: [a] + w + [b],
-    "insert after nth": lambda w, a, nth: w[: nth + 1] + [a] + w[nth + 1 :],
-    "set nth": lambda w, a, nth: w[:nth] + [a] + w[nth + 1 :],
-    "join": lambda w, a: [x for word in w for x in (word, a)][:-1],
-    "before each": lambda w, a: [x for word in w for x in (a, word)],
-    "instead": lambda w, a, b: [a, b],
-    "say for each": lambda w, a: [a] * len(w),
-    # a word to find in the list
-    "replace": lambda w, a, b: [b if word == a else word for word in w],
-    "remove": lambda w, a: [word for word in w if word != a],
-    "is there": lambda w, a: ["yes" if a in w else "no"],
-    "if there": lambda w, a, b, c: [b if a in w else c],
-    "which": lambda w, a, b: [a if a in w else b],
-    "next": lambda w, a: [dict(zip(w, w[1:])).get(a, "nothing")],
-}
-COMPARES = {"replace", "remove", "is there", "if there", "which", "next"}  # they look for a
+
+def answers(w: list, a: str, b: str, c: str, n: int, nth: int) -> dict[str, list]:
+    """What every kind of instruction makes of the list w; nth counts from 0."""
+    before, at, after = w[:nth], w[nth : nth + 1], w[nth + 1 :]
+    return {
+        # the order of the list
+        "reverse": w[::-1],
+        "first to end": w[1:] + w[:1],
+        "swap ends": w[-1:] + w[1:-1] + w[:1],
+        # parts of it
+        "keep first": w[:n],
+        "keep last": w[-n:],
+        "drop first": w[1:],
+        "drop last": w[:-1],
+        "nth": at,
+        # repeating and counting
+        "double": [x for word in w for x in (word, word)],
+        "repeat nth": before + at + at + after,
+        "count": [NUMBERS[len(w)]],
+        # a word to insert
+        "prepend": [a] + w,
+        "append": w + [a],
+        "surround": [a] + w + [b],
+        "insert after nth": before + at + [a] + after,
+        "set nth": before + [a] + after,
+        "join": [x for word in w for x in (word, a)][:-1],
+        "before each": [x for word in w for x in (a, word)],
+        "instead": [a, b],
+        "say for each": [a] * len(w),
+        # a word to find in the list
+        "replace": [b if word == a else word for word in w],
+        "remove": [word for word in w if word != a],
+        "is there": ["yes" if a in w else "no"],
+        "if there": [b if a in w else c],
+        "which": [a if a in w else b],
+        "next": [dict(zip(w, w[1:])).get(a, "nothing")],
+        # the same, with an answer for every word
+        "mark": ["yes" if word == a else "no" for word in w],
+        "mark with": [b if word == a else c for word in w],
+        "before a": [x for word in w for x in ([b, a] if word == a else [word])],
+        "after a": [x for word in w for x in ([a, b] if word == a else [word])],
+    }
+
+
+KINDS = tuple(PHRASINGS)
+COMPARES = KINDS[KINDS.index("replace") :]  # those that have to find a
+TWO_STEPS = "two steps"
 STEPS = ("reverse", "first to end", "drop first", "drop last", "prepend", "append")
 
 
@@ -170,47 +183,47 @@ class Task:
     text: str
     kind: str
     solve: Callable  # list of words -> list of words
-    looks_for: str | None  # the word that it compares with, if any
+    words: tuple  # a, b and c
 
 
-def one_step(rng: random.Random, kind: str) -> Task:
-    """Fill one phrasing of a kind with words and numbers."""
+def make_task(rng: random.Random, kind: str) -> Task:
+    """Fill one phrasing of a kind with words and numbers, or let one such step follow another."""
+    if kind == TWO_STEPS:
+        return in_turn(*[make_task(rng, rng.choice(STEPS)) for _ in range(2)])
+    frequencies = [rank**-1.3 for rank in range(1, len(PHRASINGS[kind]) + 1)]
+    phrasing = rng.choices(PHRASINGS[kind], frequencies)[0]
     a, b, c = rng.sample(WORDS, 3)
-    template = rng.choice(TEMPLATES[kind])
-    n, nth = rng.choice((2, 3)), rng.randrange(len(ORDINALS))
-    values = dict(a=a, b=b, c=c, n=n, nth=nth)
-    words = values | dict(n=NUMBERS[n], nth=ORDINALS[nth], list=rng.choice(LIST_NAMES))
-    slots = {slot: value for slot, value in values.items() if f"{{{slot}}}" in template}
-    looks_for = a if kind in COMPARES else None
-    return Task(template.format(**words), kind, lambda w: KINDS[kind](w, **slots), looks_for)
+    n, nth, name = rng.choice((2, 3)), rng.randrange(len(ORDINALS)), rng.choice(LIST_NAMES)
+    text = phrasing.format(a=a, b=b, c=c, n=NUMBERS[n], nth=ORDINALS[nth], list=name)
+    text = text[0].upper() + text[1:]
+    return Task(text, kind, lambda w: answers(w, a, b, c, n, nth)[kind], (a, b, c))
 
 
 def in_turn(first: Task, second: Task) -> Task:
     """Two steps: the second works on what the first makes of the list."""
     text = f"{first.text[:-1]}, then {second.text[0].lower()}{second.text[1:]}"
-    return Task(text, "two steps", lambda w: second.solve(first.solve(w)), looks_for=None)
-
-
-def make_task(rng: random.Random, compares: float = 0.18, two_steps: float = 0.08) -> Task:
-    """Draw an instruction; `compares` and `two_steps` are the shares of these."""
-    draw = rng.random()
-    if draw < two_steps:
-        first = one_step(rng, rng.choice(STEPS))
-        return in_turn(first, one_step(rng, rng.choice(STEPS)))
-    wanted = draw < two_steps + compares
-    return one_step(rng, rng.choice([kind for kind in KINDS if (kind in COMPARES) == wanted]))
+    return Task(text, TWO_STEPS, lambda w: second.solve(first.solve(w)), ())
 
 
 def make_record(task: Task, rng: random.Random) -> dict:
     """An example of an instruction: a random list of 3 to 5 words, and the answer."""
-    words = rng.sample(WORDS, rng.randint(3, 5))
-    if task.looks_for is not None and task.looks_for not in words and rng.random() < 0.75:
-        words[rng.randrange(len(words))] = task.looks_for
+    kind = task.kind
+    words = [word for word in rng.sample(WORDS, 8) if word not in task.words]
+    words = words[: rng.randint(3, 5)]
+    place = rng.randrange(len(words))
+    if kind in ("which", "next"):
+        words[place] = rng.choice(task.words[:2]) if kind == "which" else task.words[0]
+    elif kind in COMPARES:
+        # With 0.2, half of all lists have the word: yes is as frequent as no.
+        often = 0.2 if kind in ("is there", "if there") else 0.5
+        for i in range(len(words)):
+            if i != place and rng.random() < often:
+                words[i] = task.words[0]
     return {
         "instruction": task.text,
         "input": " ".join(words),
         "output": " ".join(task.solve(words)),
-        "source": task.kind,
+        "source": kind,
     }
 
 
@@ -219,29 +232,30 @@ def is_held_out(instruction: str) -> bool:
     return hashlib.sha256(instruction.encode()).digest()[0] % 10 == 0
 
 
-def builtin(n_train: int = 100_000, n_valid: int = 500, seed: int = 0) -> dict[str, list[dict]]:
+def builtin(n_train: int = 100_000, n_valid: int = 620, seed: int = 0) -> dict[str, list[dict]]:
     """The built-in data set, generated.
 
-    Unseen instructions never occur in training; seen ones do, with other inputs. Training asks for
-    what is hard to learn, comparing and two steps, twice as often as the validation splits do.
-    `human` is written by hand in free phrasing (assets/human.json); no template makes these.
+    Unseen instructions never occur in training; seen ones do, with other inputs. Both have equally
+    many of every kind. Training has four times as many of what is hard to learn. `human` is written
+    by hand in free phrasing (assets/human.json); no phrasing of ours makes these.
     """
     rng = random.Random(seed)
+    kinds = [*KINDS, TWO_STEPS]
+    shares = [4 if kind in (*COMPARES, TWO_STEPS) else 1 for kind in kinds]
     train, unseen, seen = [], [], []
     trained = {}  # kind -> the training set's tasks
     while len(train) < n_train:
-        task = make_task(rng, compares=0.36, two_steps=0.16)
+        task = make_task(rng, rng.choices(kinds, shares)[0])
         if not is_held_out(task.text):
             train.append(make_record(task, rng))
             trained.setdefault(task.kind, []).append(task)
     while len(unseen) < n_valid:
-        task = make_task(rng)
+        task = make_task(rng, kinds[len(unseen) % len(kinds)])
         if is_held_out(task.text):
             unseen.append(make_record(task, rng))
     while len(seen) < n_valid:
-        tasks = trained.get(make_task(rng).kind)
-        if tasks:
-            seen.append(make_record(rng.choice(tasks), rng))
+        tasks = list(trained.values())[len(seen) % len(trained)]
+        seen.append(make_record(rng.choice(tasks), rng))
     human = read_records(ASSETS / "human.json")
     return dict(train=train, seen=seen, unseen=unseen, human=human)
 

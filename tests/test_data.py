@@ -47,7 +47,7 @@ def builtin():
 def test_unseen_instructions_are_not_in_training_and_seen_ones_are_with_other_inputs(builtin):
     train = {r["instruction"] for r in builtin["train"]}
     pairs = {(r["instruction"], r["input"]) for r in builtin["train"]}
-    assert len(builtin["seen"]) == len(builtin["unseen"]) == 500
+    assert len(builtin["seen"]) == len(builtin["unseen"]) == 620
     assert len(builtin["human"]) >= 100
     assert not train & {r["instruction"] for r in builtin["unseen"]}
     assert not train & {r["instruction"] for r in builtin["human"]}
@@ -62,15 +62,15 @@ def test_the_same_seed_gives_the_same_data_and_another_seed_other_data():
 
 
 def test_there_are_many_kinds_words_phrasings_and_instructions():
-    assert len(data.KINDS) >= 20 and data.KINDS.keys() == data.TEMPLATES.keys()
+    assert len(data.KINDS) == 30 and list(data.answers(["a"] * 3, *"abc", 2, 0)) == list(data.KINDS)
     assert len(set(data.WORDS)) == len(data.WORDS) >= 150
-    assert all(len(set(templates)) >= 4 for templates in data.TEMPLATES.values())
+    assert all(len(set(phrasings)) >= 15 for phrasings in data.PHRASINGS.values())
     n = len(data.WORDS)
     values = {"a": n, "b": n - 1, "c": n - 2, "n": 2, "nth": 3, "list": len(data.LIST_NAMES)}
     count = 0
-    for templates in data.TEMPLATES.values():
-        for template in templates:
-            count += math.prod(values[slot] for slot in re.findall(r"{(\w+)}", template))
+    for phrasings in data.PHRASINGS.values():
+        for phrasing in phrasings:
+            count += math.prod(values[slot] for slot in re.findall(r"{(\w+)}", phrasing))
     assert count >= 1_000_000  # one-step instructions alone
 
 
@@ -130,31 +130,82 @@ EXAMPLES = {  # solved by hand, with the words A, B, C, the number 2 and the thi
     "if there": ("fox cup", "C"),
     "which": ("fox A sun", "A"),
     "next": ("fox A sun", "sun"),
+    "mark": ("fox A sun", "no yes no"),
+    "mark with": ("fox A sun", "C B C"),
+    "before a": ("fox A sun", "fox B A sun"),
+    "after a": ("fox A sun", "fox A B sun"),
 }
 
 
 @pytest.mark.parametrize("kind", data.KINDS)
-def test_kinds_do_what_they_say_with_the_slots_of_every_phrasing(kind):
+def test_kinds_do_what_they_say(kind):
     given, expected = EXAMPLES[kind]
-    values = {"a": "A", "b": "B", "c": "C", "n": 2, "nth": 2}
-    for template in data.TEMPLATES[kind]:
-        slots = {slot: values[slot] for slot in re.findall(r"{(\w+)}", template) if slot != "list"}
-        assert data.KINDS[kind](given.split(), **slots) == expected.split()
+    assert data.answers(given.split(), "A", "B", "C", n=2, nth=2)[kind] == expected.split()
+
+
+def blanked(text):
+    """The words of an instruction or a phrasing, with * for all that stands in a slot."""
+    text = re.sub(r"{\w+}", "*", text.lower())
+    for name in sorted(data.LIST_NAMES, key=len, reverse=True):
+        text = text.replace(name, "*")
+    arguments = {*data.WORDS, *data.NUMBERS, *data.ORDINALS}
+    return tuple("*" if word in arguments else word for word in re.findall(r"\w+|\*", text))
+
+
+@pytest.mark.parametrize("kind", data.KINDS)
+def test_phrasings_have_all_slots_of_their_kind_and_are_not_the_human_ones(kind):
+    """Each has a slot at least: else all its texts are held out, or none."""
+    human = data.read_records(data.ASSETS / "human.json")
+    by_hand = {blanked(record["instruction"]) for record in human}
+    phrasings = data.PHRASINGS[kind]
+    slots = [set(re.findall(r"{(\w+)}", phrasing)) for phrasing in phrasings]
+    assert all(slots) and len({frozenset(some - {"list"}) for some in slots}) == 1
+    texts = {blanked(phrasing) for phrasing in phrasings}
+    assert len(texts) == len(phrasings) and not texts & by_hand
 
 
 def test_two_steps_are_done_one_after_the_other():
-    first = data.Task("Drop the first word.", "drop first", lambda w: w[1:], None)
-    second = data.Task("Put fox at the end.", "append", lambda w: w + ["fox"], None)
+    first = data.Task("Drop the first word.", "drop first", lambda w: w[1:], ())
+    second = data.Task("Put fox at the end.", "append", lambda w: w + ["fox"], ())
     task = data.in_turn(first, second)
     assert task.text == "Drop the first word, then put fox at the end."
     assert task.solve(["cup", "sun"]) == ["sun", "fox"]
 
 
-def test_the_shares_of_what_is_hard_are_as_asked_for():
+def test_common_phrasings_are_common_and_rare_ones_come(builtin):
+    """The phrasing at rank r comes r ** -1.3 times as often as the first."""
     rng = random.Random(0)
-    kinds = Counter(data.make_task(rng, compares=0.3, two_steps=0.2).kind for _ in range(10_000))
-    assert abs(kinds["two steps"] - 2000) < 200
-    assert abs(sum(kinds[kind] for kind in data.COMPARES) - 3000) < 200
+    n = len(data.PHRASINGS["reverse"])
+    texts = Counter(blanked(data.make_task(rng, "reverse").text) for _ in range(20_000))
+    counts = [texts[blanked(phrasing)] for phrasing in data.PHRASINGS["reverse"]]
+    whole = sum(rank**-1.3 for rank in range(1, n + 1))
+    for rank, count in enumerate(counts, 1):
+        assert abs(count / 20_000 - rank**-1.3 / whole) < 0.02 and count > 0
+
+
+def test_every_kind_is_asked_for_as_often_as_it_should(builtin):
+    kinds = [*data.KINDS, "two steps"]
+    for split in ("seen", "unseen"):
+        counts = Counter(r["source"] for r in builtin[split])
+        assert max(counts.values()) - min(counts[kind] for kind in kinds) <= 1
+    counts = Counter(r["source"] for r in builtin["train"])
+    whole = sum(counts.values())
+    for kind in kinds:
+        share = (4 if kind in (*data.COMPARES, "two steps") else 1) / 64
+        assert abs(counts[kind] / whole - share) < 0.01
+
+
+def test_where_a_word_is_to_be_found_guessing_does_not_help():
+    """The commonest answer to a kind that compares is right for at most a bit over half."""
+    rng = random.Random(0)
+    for kind in data.COMPARES:
+        tasks = [data.make_task(rng, kind) for _ in range(1000)]
+        records = [data.make_record(task, rng) for task in tasks]
+        answers = Counter(r["output"] for r in records)
+        assert answers.most_common(1)[0][1] < 560
+        assert all(r["output"] for r in records)  # what is removed is never the whole list
+        there = sum(task.words[0] in r["input"].split() for task, r in zip(tasks, records))
+        assert 440 < there <= 1000
 
 
 # ---- Files ----

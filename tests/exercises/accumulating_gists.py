@@ -54,7 +54,7 @@ def make_records(n: int, held_out: bool) -> list[dict]:
     rng = random.Random(int(held_out))
     records = []
     while len(records) < n:
-        tasks = [data.one_step(rng, rng.choice(data.STEPS)) for _ in range(STEPS)]
+        tasks = [data.make_task(rng, rng.choice(data.STEPS)) for _ in range(STEPS)]
         whole = data.in_turn(data.in_turn(tasks[0], tasks[1]), tasks[2])
         record = data.make_record(whole, rng)
         if record["output"] and data.is_held_out(whole.text) == held_out:

@@ -89,7 +89,7 @@ def main() -> None:
     model, tokenizer, config = eval.open_run(flags.run)
     rng = random.Random(0)
     for _ in range(flags.instructions):
-        task = data.one_step(rng, flags.kind)
+        task = data.make_task(rng, flags.kind)
         n = flags.n_train + flags.n_test
         records = [data.make_record(task, rng) for _ in range(n)]
         examples = [data.layout(record, tokenizer, config["n_gist"]) for record in records]

@@ -1,7 +1,6 @@
 """Several gists in one context: compress every prompt apart, and put the caches side by side.
 
-    python -m tests.exercises.several_gists                  # 10 to 14 minutes on one core
-    python -m tests.exercises.several_gists --arch t5
+    python -m tests.exercises.several_gists               # 10 minutes on one core
 
 A row holds several pairs of a prompt and its gist tokens, then one input. A prompt and its gist see
 their own pair only, the input sees every gist. So each prompt can be compressed alone, and a row's
@@ -10,8 +9,7 @@ two steps is two prompts. Mask, positions, layout and loss change; loop and mode
 
     Reverse the list. <G> Put lamp at the end. <G> Input: fox cup sun  Output: sun cup fox lamp
 
-Results of full runs of an earlier version, which had <s> before a row's first prompt only: exact
-match in percent, one seed. Two-step instructions are 40 of the 500: even 15 points can be chance.
+Exact match in percent of an earlier version and data set, one seed; 40 of 500 have two steps.
 
                                                   LLaMA two-step   all   T5 two-step   all
     one gist token for both steps                           72.5  89.6          92.5  87.2
@@ -20,6 +18,7 @@ match in percent, one seed. Two-step instructions are 40 of the 500: even 15 poi
 """
 
 import argparse
+import random
 
 import torch
 import torch.nn.functional as F
@@ -68,22 +67,23 @@ def pair_loss(model, batch: dict[str, Tensor], gist_id: int, condition: str) -> 
     return model.loss(tokens, targets, mask.tril(), where)
 
 
-def steps_of(record: dict) -> list[str]:
-    """The one or two instructions in a built-in record's instruction."""
-    if record["source"] != "two steps":
-        return [record["instruction"]]
-    steps = []
-    for part in record["instruction"].removesuffix(".").split(", then "):
-        if part == "the list" or " " not in part:  # "Write lamp, then the list" is one step
-            steps[-1] += f", then {part}"
-            continue
-        steps.append(part[0].upper() + part[1:])
-    return [f"{step}." for step in steps]
+def make_records(n: int, held_out: bool) -> list[dict]:
+    """Instructions of one or two steps, with their texts; held_out: those that are not trained."""
+    rng = random.Random(int(held_out))
+    records = []
+    while len(records) < n:
+        one = data.make_task(rng, rng.choice(data.KINDS))
+        two = [data.make_task(rng, rng.choice(data.STEPS)) for _ in range(2)]
+        for task, steps in ((one, [one]), (data.in_turn(*two), two)):
+            if data.is_held_out(task.text) == held_out:
+                texts = [step.text for step in steps]
+                records.append(data.make_record(task, rng) | {"steps": texts})
+    return records
 
 
 def layout(record: dict, tokenizer, n_gist: int, arch: str) -> data.Example:
     """A prompt with its gist tokens for every step, then what `data.layout` makes of the rest."""
-    steps = [record | {"instruction": step} for step in steps_of(record)]
+    steps = [record | {"instruction": step} for step in record["steps"]]
     parts = [data.layout(step, tokenizer, n_gist, arch) for step in steps]
     prompt = [token for part in parts for token in part.prompt]
     return data.Example(prompt, parts[0].input, parts[0].output, record)
@@ -127,22 +127,23 @@ def main() -> None:
     parser.add_argument("--n_train", type=int, default=100_000)
     flags = parser.parse_args()
 
-    records = data.builtin(flags.n_train)
-    config = train.Config(arch=flags.arch, n_gist=flags.n_gist, max_steps=flags.max_steps)
-    config = train.fill_in(config)
-    model, tokenizer = train.make_model(config, records["train"])
-    examples = [layout(r, tokenizer, flags.n_gist, flags.arch) for r in records["train"]]
+    records = make_records(flags.n_train, held_out=False)
+    tests = make_records(500, held_out=True)
+    shape = {"arch": flags.arch, "n_gist": flags.n_gist, "max_steps": flags.max_steps}
+    config = train.fill_in(train.Config(**shape))
+    model, tokenizer = train.make_model(config, records)
+    examples = [layout(r, tokenizer, flags.n_gist, flags.arch) for r in records]
     train.fit(model, tokenizer, examples, config, pair_loss)
 
     model.eval()
-    unseen = [layout(r, tokenizer, flags.n_gist, flags.arch) for r in records["unseen"]]
+    unseen = [layout(r, tokenizer, flags.n_gist, flags.arch) for r in tests]
     texts = []
     for start in range(0, len(unseen), 50):
         texts += answer(model, tokenizer, unseen[start : start + 50], 32)
-    right = [text == e.record["output"] for text, e in zip(texts, unseen, strict=True)]
-    two_steps = [r for r, e in zip(right, unseen, strict=True) if len(steps_of(e.record)) == 2]
-    for name, hits in (("all", right), ("two steps", two_steps)):
-        print(f"{name}: {100 * sum(hits) / len(hits):.1f} % exact match of {len(hits)} unseen")
+    right = [text == e.record["output"] for text, e in zip(texts, unseen)]
+    for n_steps in (1, 2):
+        hits = [hit for hit, e in zip(right, unseen) if len(e.record["steps"]) == n_steps]
+        print(f"{n_steps} steps: {100 * sum(hits) / len(hits):.1f} % right of {len(hits)} unseen")
 
 
 if __name__ == "__main__":
