@@ -573,65 +573,6 @@ def compress_instruction(instruction, model, tokenizer, config) -> tuple[Tensor,
     return tokens, cache
 
 
-# ---- eval.py attention ----
-
-
-def attention(run: str, *, instruction: str, out: str = "attention.png", **opening) -> None:
-    """Draw what the gist tokens look at in an instruction, layer by layer.
-
-    out: the picture. opening: see `open_run`.
-    """
-    model, tokenizer, config = open_run(run, **opening)
-    tokens, gist = compress_instruction(instruction, model, tokenizer, config)
-    rows, labels = [], []
-    layers = attention_weights(model, tokens, tokenizer.gist_id, config["condition"])
-    for layer, weights in enumerate(layers, start=1):
-        rows += weights[0, :, -gist.length :].mean(dim=0).tolist()  # over the heads
-        labels += [f"layer {layer}, gist {g + 1}" for g in range(gist.length)]
-    words = [tokenizer.decode([i]).strip() or "·" for i in tokens[0].tolist()]
-    words[-gist.length :] = ["<G>"] * gist.length
-    figure, ax = data.new_figure(1 + 0.35 * len(words), 1.6 + 0.3 * len(labels))
-    image = ax.imshow(rows, cmap="Reds", vmin=0, aspect="auto")
-    ax.set_xticks(range(len(words)), words, rotation=90, parse_math=False)
-    ax.set_yticks(range(len(labels)), labels)
-    ax.set_title(instruction, parse_math=False)
-    figure.colorbar(image, label="attention, mean over heads")
-    data.save_figure(figure, out)
-    print(f"wrote {out}")
-
-
-@torch.no_grad()
-def attention_weights(model, tokens, gist_id, condition) -> list[Tensor]:
-    """softmax(q k') in every layer that reads the prompts, each (B, H, P, P).
-
-    tokens: (B, P) int64, prompts with their gist tokens, without padding.
-    """
-    mask = mask_of(model)(tokens, gist_id, condition)  # (B, 1, P, P)
-    positions = gist_mask.positions(tokens, gist_id)
-    x = model.embedding(tokens)  # (B, P, D)
-    if isinstance(model, T5):
-        layers, scale = model.encoder.layers, 1.0
-        bias = model.encoder.bias(positions, tokens.shape[1]).masked_fill(~mask, -math.inf)
-        others = (bias, None, None, None)
-    else:
-        layers, scale = model.layers, model.config.head_dim**-0.5
-        bias = torch.where(mask, 0.0, -math.inf)
-        others = (mask, *model.angles(positions), None)
-    weights = []
-    for layer in layers:
-        h = layer.attention_norm(x)
-        if isinstance(model, T5):
-            q = layer.attention.wq(h).unflatten(-1, layer.attention.heads)  # (B, P, H, K)
-            k, _ = layer.attention.keys_values(h)
-        else:
-            q, k, _ = layer.attention.queries_keys_values(h, *others[1:3])
-            k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-        scores = scale * torch.einsum("bqhk,bshk->bhqs", q, k) + bias
-        weights.append(scores.softmax(dim=-1))
-        x = layer(x, *others)
-    return weights
-
-
 # ---- eval.py plot ----
 
 
@@ -862,7 +803,6 @@ COMMANDS = {  # the first function is called; it hands flags on to the others
     "run": [run, evaluate_run, open_run],
     "score": [score_files],
     "compress": [compress, open_run],
-    "attention": [attention, open_run],
     "plot": [plot],
     "judge": [judge],
     "winrate": [winrate],

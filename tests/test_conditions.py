@@ -12,6 +12,8 @@ import train
 from model import Llama, LlamaConfig
 from t5 import T5, T5Config
 
+from exercises import attention  # isort: skip
+
 GIST, PAD, EOS, START = 30, 0, 1, 2
 VOCAB = 31
 PROMPT, GISTS, INPUT = 0, 1, 2  # the segments
@@ -206,7 +208,7 @@ def test_a_new_entry_of_the_table_is_a_condition_everywhere(arch, tmp_path, monk
     )
     evaluation.run([str(out)], device="cpu")
     evaluation.compress(str(out), instruction="Say a.", input=["b"], device="cpu")
-    evaluation.attention(str(out), instruction="Say a.", out=str(tmp_path / "a.png"), device="cpu")
+    attention.draw(str(out), "Say a.", str(tmp_path / "a.png"), device="cpu")
     evaluation.plot([str(out)], out=str(tmp_path / "b.png"))
     printed = capsys.readouterr().out
     assert data.read_json(out / "metrics.json")["condition"] == "blind"

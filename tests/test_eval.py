@@ -273,7 +273,7 @@ def test_a_condition_that_the_table_lacks_ends_in_one_line(runs, monkeypatch):
 
 
 def test_every_command_explains_its_flags(capsys):
-    for name in ("run", "score", "compress", "attention", "plot", "judge", "winrate"):
+    for name in ("run", "score", "compress", "plot", "judge", "winrate"):
         with pytest.raises(SystemExit) as stop:
             evaluation.make_parser("", evaluation.COMMANDS).parse_args([name, "--help"])
         assert stop.value.code == 0

@@ -12,6 +12,8 @@ from test_compress import make_run
 import data
 import eval as evaluation
 
+from exercises import attention  # isort: skip
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -44,15 +46,15 @@ def open_prompts(run, instruction="Put lamp at the end."):
 def test_the_weights_are_those_that_attention_uses(runs, run, monkeypatch):
     """Weights times values are what torch's attention returns, layer by layer."""
     model, tokenizer, tokens = open_prompts(runs / run)
-    seen, attention = [], F.scaled_dot_product_attention
+    seen, fused = [], F.scaled_dot_product_attention
 
     def spy(q, k, v, **kwargs):
-        out = attention(q, k, v, **kwargs)
+        out = fused(q, k, v, **kwargs)
         seen.append((v.repeat_interleave(q.shape[1] // v.shape[1], dim=1), out))
         return out
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    layers = evaluation.attention_weights(model, tokens, tokenizer.gist_id, "gist")
+    layers = attention.attention_weights(model, tokens, tokenizer.gist_id, "gist")
     assert len(layers) == len(seen) == 2
     for weights, (v, out) in zip(layers, seen):
         assert torch.allclose(weights @ v, out, atol=1e-5)
@@ -63,7 +65,7 @@ def test_the_weights_are_those_that_attention_uses(runs, run, monkeypatch):
 @pytest.mark.parametrize("instruction", ["Put lamp at the end.", r"Is $5 more than $3? \frac"])
 def test_attention_is_drawn(runs, run, instruction, tmp_path):
     file = tmp_path / "a.png"
-    evaluation.attention(str(runs / run), instruction=instruction, out=str(file), device="cpu")
+    attention.draw(str(runs / run), instruction, str(file), device="cpu")
     assert file.read_bytes().startswith(b"\x89PNG") and list(tmp_path.iterdir()) == [file]
 
 
@@ -113,7 +115,7 @@ def test_dollars_stay_dollars(runs, monkeypatch):
     kept = []
     monkeypatch.setattr(data, "save_figure", lambda figure, file: kept.append(figure))
     text = r"Is $5 more than $3? \frac"
-    evaluation.attention(str(runs / "llama-gist-1"), instruction=text, device="cpu")
+    attention.draw(str(runs / "llama-gist-1"), text, "a.png", device="cpu")
     shown = [t for t in kept[0].findobj(Text) if "$" in t.get_text()]
     assert shown and not any(t.get_parse_math() for t in shown)
 
@@ -129,16 +131,29 @@ def test_dollars_stay_dollars(runs, monkeypatch):
         (["plot", "{runs}/llama-gist-1", "--out", "a.txt.zzz"], "zzz"),
         (["plot", "{runs}/llama-gist-1", "--out", "."], "results.png"),
         (["plot", "{runs}/llama-gist-1", "--out", "picture"], "picture"),
-        (["attention", "{runs}/llama-gist-1", "--instruction", " "], "empty"),
-        (["attention", "{runs}/llama-pos_control-1", "--instruction", "x"], "cannot compress"),
-        (["attention", "nowhere", "--instruction", "x"], "nowhere"),
     ],
 )
 def test_a_mistake_ends_in_one_line(runs, args, says, tmp_path, monkeypatch, capsys):
+    ends_in_one_line(evaluation.main, runs, args, says, tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["{runs}/llama-gist-1", "--instruction", " "], "empty"),
+        (["{runs}/llama-pos_control-1", "--instruction", "x"], "cannot compress"),
+        (["nowhere", "--instruction", "x"], "nowhere"),
+    ],
+)
+def test_so_does_one_in_drawing_attention(runs, args, says, tmp_path, monkeypatch, capsys):
+    ends_in_one_line(attention.main, runs, args, says, tmp_path, monkeypatch, capsys)
+
+
+def ends_in_one_line(main, runs, args, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["eval.py", *(a.format(runs=runs) for a in args)])
+    monkeypatch.setattr(sys, "argv", ["program.py", *(a.format(runs=runs) for a in args)])
     with pytest.raises(SystemExit) as stop:
-        data.run(evaluation.main)
+        data.run(main)
     printed = capsys.readouterr().err
     assert stop.value.code == 2 and says in printed and len(printed.splitlines()) == 1, printed
     assert not any(tmp_path.iterdir())

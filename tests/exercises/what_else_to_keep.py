@@ -25,6 +25,7 @@ from torch import Tensor
 import data
 import eval
 from model import Cache, Llama
+from tests.exercises.attention import attention_weights
 from tests.exercises.long_prompts import make_records
 
 
@@ -63,7 +64,7 @@ WAYS = {
 
 def attention_to_columns(model: Llama, prompt: Tensor, gist_id: int, condition: str) -> Tensor:
     """What the prompt's last token looks at, mean over layers and heads: (P,)."""
-    layers = eval.attention_weights(model, prompt, gist_id, condition)  # each (1, H, P, P)
+    layers = attention_weights(model, prompt, gist_id, condition)  # each (1, H, P, P)
     return torch.stack([weights[0, :, -1] for weights in layers]).mean(dim=(0, 1))
 
 
