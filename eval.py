@@ -29,7 +29,6 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict
 from http.client import InvalidURL
 from multiprocessing.pool import ThreadPool
@@ -85,11 +84,9 @@ def answer(
         cache = compress_prompts(model, *prompts, gist_id, condition)
 
     # The mask of the whole row. A decoder's answer is part of it, whatever its tokens will be.
-    tokens = torch.cat([prompts[0], inputs[0]], dim=1)
-    attention_mask = torch.cat([prompts[1], inputs[1]], dim=1)
-    if not is_t5:
-        tokens = F.pad(tokens, (0, max_new_tokens))
-        attention_mask = F.pad(attention_mask, (0, max_new_tokens), value=True)
+    room = (0, 0 if is_t5 else max_new_tokens)
+    tokens = F.pad(torch.cat([prompts[0], inputs[0]], dim=1), room)
+    attention_mask = F.pad(torch.cat([prompts[1], inputs[1]], dim=1), room, value=True)
     row = (tokens, gist_id, condition, attention_mask)
     cross_mask = gist_mask.cross_mask(*row)  # (B, 1, 1, P + ...)
 
@@ -149,19 +146,14 @@ MAX_TOKENS = 16_384  # of a batch: their cache is 8 GiB for LLaMA-7B in bfloat16
 
 def run(runs: list[str], **options) -> None:
     """Evaluate runs, and print one table of all. options: see `evaluate_run`."""
-    results = {path: evaluate_run(path, **options) for path in runs}
     rows = {}
-    for path, metrics in results.items():
+    for path in runs:
+        metrics = evaluate_run(path, **options)
         rows |= {f"{path} {split}": metrics[split] for split in data.SPLITS if split in metrics}
-    if not rows:
+    if rows:
+        print_table(rows)
+    else:
         print("nothing to evaluate: no validation files, or no output within --max_length")
-        return
-    print_table(rows)
-    for path, metrics in results.items():
-        families = metrics.get("unseen", {}).get("families")
-        if families:
-            print(f"\n{path}, unseen instructions by family:")
-            print_table(families)
 
 
 def evaluate_run(
@@ -181,31 +173,38 @@ def evaluate_run(
     """
     model, tokenizer, config = open_run(path, **opening)
     splits = data.load_instructions(data_dir or config["data"], config["seed"])
+    condition = config["condition"]
     described = ("condition", "n_gist", "tfidf", "arch", "steps", "seconds")
-    metrics = {key: config[key] for key in described}
+    metrics = {key: config.get(key) for key in described}
     for split in data.SPLITS:
         records = splits[split]
         if config["tfidf"]:
             records = data.with_keywords(records, splits["train"], config["tfidf"])
-        lengths = (max_length or config["max_length"], config["max_target"])
         examples, skipped = data.make_examples(
-            records, tokenizer, config["n_gist"], config["arch"], *lengths
+            records,
+            tokenizer,
+            config["n_gist"],
+            config["arch"],
+            max_length or config["max_length"],
+            config["max_target"],
         )
         if skipped:
             print(f"{path} {split}: {skipped} outputs are beyond --max_length: skipped")
         if not examples:
             continue
-        condition = config["condition"]
         loss, answers = evaluate(model, tokenizer, examples, condition, batch_size, max_new_tokens)
         records = [e.record for e in examples]
         write_outputs(Path(path) / f"outputs-{split}.csv", records, answers)
         pairs = [(text, record["output"]) for text, record in zip(answers, records)]
         metrics[split] = score(pairs) | {"loss": loss}
         if "source" in records[0]:  # a built-in instruction's family
+            sources = [record["source"] for record in records]
             families = {}
-            for record, pair in zip(records, pairs):
-                families.setdefault(record["source"], []).append(pair)
-            metrics[split]["families"] = {name: score(families[name]) for name in sorted(families)}
+            for name in sorted(set(sources)):
+                families[name] = score([p for p, source in zip(pairs, sources) if source == name])
+            metrics[split]["families"] = families
+            print(f"\n{path}, {split} instructions by family:")
+            print_table(families)
     data.write_file(Path(path) / "metrics.json", json.dumps(metrics, indent=1).encode())
     return metrics
 
@@ -228,11 +227,10 @@ def evaluate(
     max_new_tokens = max_new_tokens or max(len(e.output) for e in examples)
     longest = max(len(e) for e in examples) + max_new_tokens
     batch_size = max(1, min(batch_size, MAX_TOKENS // longest))
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))  # little padding
+    batches = data.batch_order([len(e) for e in examples], batch_size, seed=0)  # little padding
     answers = {}
     loss = 0.0
-    for start in tqdm(range(0, len(order), batch_size), unit="batch", leave=False):
-        rows = order[start : start + batch_size]
+    for rows in tqdm(batches, leave=False):
         some = [examples[i] for i in rows]
         batch = data.collate(some, tokenizer.pad_id, arch)
         batch = {key: x.to(device) for key, x in batch.items()}
@@ -268,8 +266,8 @@ def open_run(
         )
     with data.reading(path, "train it with this version of the code"):
         arch = "t5" if raw.get("model_type") == "t5" else "llama"
-        released = Config(n_gist=n_gist or 1, condition=condition or "gist", arch=arch)
-        config = asdict(fill_in(released)) | {"steps": 0, "seconds": 0.0} | (trained or {})
+        released = {"n_gist": n_gist, "condition": condition or "gist"}
+        config = asdict(fill_in(Config(arch=arch))) | (trained or released)
         gist_mask.table(config["condition"])
     device = data.find_device(device)
     if dtype is None and device.startswith("cuda"):
@@ -281,29 +279,26 @@ def open_run(
     return model.eval(), tokenizer, config
 
 
-def score(pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
+def score(pairs: list[tuple[str, str]]) -> dict[str, float]:
     """Mean scores of (answer, reference) pairs, as fractions, and their number n.
 
-    Another metric is another entry of `scores`. Exact match is up to white space at the ends.
+    Another metric is another entry of a row. Exact match is up to white space at the ends.
     """
-    rows = []
-    for prediction, reference in pairs:
-        scores = {"exact_match": float(prediction.strip() == reference.strip())}
-        rows.append(scores | rouge(prediction, reference))
+    rows = [{"exact_match": float(a.strip() == b.strip())} | rouge(a, b) for a, b in pairs]
     return {"n": len(rows)} | {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
 
 def print_table(rows: dict[str, dict]) -> None:
     """A line for every row: percent, except for whole numbers and the loss (nats per token)."""
     first = next(iter(rows.values()))
-    columns = [key for key in first if not isinstance(first[key], dict)]
-    margin = max(len(name) for name in rows)
+    columns = [key for key in first if key != "families"]
+    margin = max(map(len, rows))
     print(" " * margin, *[f"{key:>11}" for key in columns])
     for name, row in rows.items():
         cells = []
         for key in columns:
-            is_percent = isinstance(row[key], float) and key != "loss"
-            cells.append(f"{100 * row[key] if is_percent else row[key]:11,.5g}")
+            is_share = isinstance(row[key], float) and key != "loss"
+            cells.append(f"{row[key] * (100 if is_share else 1):11,.5g}")
         print(f"{name:{margin}}", *cells)
 
 
@@ -313,14 +308,14 @@ COLUMNS = ("x", "y_pred", "y_true")  # question, answer, reference
 
 
 def write_outputs(file: Path, records: list[dict], answers: list[str]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(COLUMNS)
+    rows = [COLUMNS]
     for record, prediction in zip(records, answers):
         question = f"Instruction: {record['instruction']}"
         if record["input"]:
             question += f"\nInput: {record['input']}"
-        writer.writerow([question, prediction, record["output"]])
+        rows.append((question, prediction, record["output"]))
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
     data.write_file(file, text.getvalue().encode("utf-8", "replace"))  # JSON can hold half a letter
 
 
@@ -352,11 +347,11 @@ def score_files(files: list[str], *, against: str | None = None) -> None:
 
     against: take this file's answers for the references.
     """
+    reference = "y_pred" if against else "y_true"
     rows = {}
     for file in files:
-        reference = "y_pred" if against else "y_true"
         pairs = read_pairs(file, against or file)
-        rows[file] = score((a["y_pred"], b[reference]) for a, b in pairs)
+        rows[file] = score([(a["y_pred"], b[reference]) for a, b in pairs])
     print_table(rows)
 
 
@@ -426,8 +421,8 @@ def porter_stem(word: str) -> str:
     if word in IRREGULAR or len(word) <= 2:
         return IRREGULAR.get(word, word)
     word = cut_ed_and_ing(replace_ending(word, STEP_1A))
-    for endings, may_precede in STEPS:
-        word = replace_ending(word, endings, may_precede)
+    for endings, stem_kinds in STEPS:
+        word = replace_ending(word, endings, stem_kinds)
     return word
 
 
@@ -440,67 +435,60 @@ def letter_kinds(word):
     return kinds
 
 
-def measure(stem):
-    """Porter's m, near enough the number of syllables that end in a consonant."""
-    return letter_kinds(stem).count("vc")
-
-
-def is_short(stem):
-    """Porter's *o, a stem that a silent e makes a word: "hop", hope, not "snow", "box", "toy"."""
-    kinds = letter_kinds(stem)
-    return kinds == "vc" or (kinds.endswith("cvc") and stem[-1] not in "wxy")
-
-
-def replace_ending(word, endings, may_precede=bool):
-    """Apply the first rule whose ending fits, if the stem may precede it."""
+def replace_ending(word, endings, stem_kinds="."):
+    """Apply the first rule whose ending fits, if the letter kinds of the stem are as asked."""
     for ending, replacement in endings.items():
-        found = re.search(f"{ending}$", word)
+        stem, found = re.subn(f"{ending}$", "", word)
         if found:
-            stem = word[: found.start()]
-            return stem + replacement if may_precede(stem) else word
+            return stem + replacement if re.search(stem_kinds, letter_kinds(stem)) else word
     return word
 
 
 def cut_ed_and_ing(word):
     """Step 1b. What -ed or -ing leaves must hold a vowel, and is mended: hoping: hope."""
     if word.endswith("eed"):
-        return replace_ending(word, {"eed": "ee"}, measure)
-    stem = re.sub("(ed|ing)$", "", word)
-    kinds = letter_kinds(stem)
-    if stem == word or "v" not in kinds:  # sing
+        return replace_ending(word, {"eed": "ee"}, "vc")
+    stem = replace_ending(word, {"ed": "", "ing": ""}, "v")  # but not of sing
+    if stem == word:
         return word
-    if stem.endswith(("at", "bl", "iz")) or (measure(stem) == 1 and is_short(stem)):
+    kinds = letter_kinds(stem)
+    # Porter's *o, a syllable that a silent e makes a word: "hop", hope, not "snow", "box", "toy".
+    is_short = kinds == "vc" or (re.fullmatch("c+vc", kinds) and stem[-1] not in "wxy")
+    if stem.endswith(("at", "bl", "iz")) or is_short:
         return stem + "e"
     if stem[-2:-1] == stem[-1] and kinds.endswith("c") and stem[-1] not in "lsz":
         return stem[:-1]  # hopping: hop, but falling: fall
     return stem
 
 
-# Porter's rules, and from step 1c on, which stems they ask for. The first ending that fits decides,
-# so the longer of two stands first. (?<=...) are letters before the ending that belong to the stem.
+# Porter's rules, and from step 1c on a pattern that the letter kinds of the stem have to hold: his
+# measure m, near enough the number of syllables that end in a consonant, is the number of "vc". The
+# first ending that fits decides, so the longer of two stands first. (?<=...) are letters before the
+# ending that belong to the stem.
 STEP_1A = rules("sses>ss (?<=^.)ies>ie (?<=^.)ied>ie ies>i ss>ss s>")
 STEPS = [
-    (rules("y>i"), lambda stem: len(stem) > 1 and letter_kinds(stem).endswith("c")),
-    (rules("alli>al"), measure),  # before the rest of step 2, which goes on with what it leaves
+    (rules("y>i"), ".c$"),
+    (rules("alli>al"), "vc"),  # before the rest of step 2, which goes on with what it leaves
     (
         rules(
             "ational>ate tional>tion enci>ence anci>ance izer>ize bli>ble entli>ent eli>e "
             "ousli>ous ization>ize ation>ate ator>ate alism>al iveness>ive fulness>ful ousness>ous "
             "aliti>al iviti>ive biliti>ble fulli>ful (?<=l)ogi>og"
         ),
-        measure,
+        "vc",
     ),
-    (rules("icate>ic ative> alize>al iciti>ic ical>ic ful> ness>"), measure),
+    (rules("icate>ic ative> alize>al iciti>ic ical>ic ful> ness>"), "vc"),
     (
         rules(
             "al> ance> ence> er> ic> able> ible> ant> ement> ment> ent> (?<=[st])ion> ou> ism> "
             "ate> iti> ous> ive> ize>"
         ),
-        lambda stem: measure(stem) > 1,
+        "vc.*vc",
     ),
-    # probate: probat, but rate
-    (rules("e>"), lambda stem: measure(stem) > 1 or (measure(stem) == 1 and not is_short(stem))),
-    (rules("ll>l"), lambda stem: measure(stem + "l") > 1),  # quadrille: quadril, but roll
+    # A last e goes, if m > 0 and the stem is not short: probate: probat, but rate.
+    (rules("(?<=[wxy])e>"), "vc.|.vc"),
+    (rules("e>"), "vc.|vvc"),
+    (rules("ll>l"), "vc.*v"),  # m > 1 with the l that stays; quadrille: quadril, but roll
 ]
 IRREGULAR = rules(
     "skies>sky sky>sky dying>die lying>lie tying>tie news>news inning>inning innings>inning "
@@ -529,11 +517,10 @@ def compress(
     opening: see `open_run`.
     """
     model, tokenizer, config = open_run(run, **opening)
-    loaded = None
     if load:
         loaded, instruction = data.load_cache(load, model, config["n_gist"])
     prompt, gist = compress_instruction(instruction, model, tokenizer, config)
-    if loaded is not None:
+    if load:
         gist = loaded
     if save:
         data.save_cache(save, gist, model, config["n_gist"], instruction)
@@ -587,52 +574,46 @@ def plot(
     if kind == "loss":
         draw_losses(results, out)
         return
+    drawn = {}  # label -> points
+    for path in results:
+        for label, x, percent in read_points(path, kind, metric):
+            drawn.setdefault(label, []).append((x, percent))
     figure, ax = data.new_figure(14 if kind == "families" else 8, 5)
-    if kind == "winrates":
-        draw_winrates(ax, results)
-    else:
-        draw_scores(ax, results, kind, metric)
+    for i, (label, points) in enumerate(drawn.items()):
+        if kind in ("n_gist", "winrates"):
+            ax.plot(*zip(*sorted(points)), "o-", label=label)
+        else:
+            names, heights = zip(*points)
+            width = 0.8 / len(drawn)
+            places = [place + i * width for place in range(len(names))]
+            ax.bar(places, heights, width, align="edge", label=label)
+            ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    ax.set(ylabel="win rate, %" if kind == "winrates" else f"{metric}, %", ylim=(0, 100))
+    if kind == "n_gist":
+        ax.set_xlabel(kind)
     figure.legend(loc="outside upper center", ncols=2, fontsize="small")
     data.save_figure(figure, out)
 
 
-def draw_scores(ax, paths, kind, metric):
-    """A bar for every run in every split or family; or, over n_gist, a line for every condition."""
-    drawn = {}  # label -> points
-    width = 0.8 / len(paths)
-    for i, path in enumerate(paths):
-        file = Path(path) / "metrics.json"
-        with data.reading(file, f"draw something else, or first: python eval.py run {path}"):
-            m = json.loads(file.read_bytes())
-            groups = {split: m[split] for split in data.SPLITS if split in m}
-            if kind == "families":
-                groups = m["unseen"]["families"]
-            for place, (name, group) in enumerate(groups.items()):
-                label, x = path, place + i * width
-                if kind == "n_gist":
-                    label, x = f"{m['arch']} {m['condition']}, {name}", m["n_gist"]
-                drawn.setdefault(label, []).append((x, 100 * group[metric]))
-    for label, points in drawn.items():
-        x, y = zip(*sorted(points))
-        if kind == "n_gist":
-            ax.plot(x, y, "o-", label=label)
-            ax.set_xlabel(kind)
-        else:
-            ax.bar(x, y, width, align="edge", label=label)
-    if kind != "n_gist":
-        names = [f"{name} ({group['n']})" for name, group in groups.items()]
-        ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    ax.set(ylabel=f"{metric}, %", ylim=(0, 100))
-
-
-def draw_winrates(ax, files):
-    """A point with its 95 % interval for every judgments file."""
-    for file in files:
-        for name, row in winrates_of(file).items():
-            below, above = row["rate"] - row["low"], row["high"] - row["rate"]
-            ax.errorbar(row["rate"], name, xerr=[[below], [above]], fmt="o", label=name)
-    ax.axvline(0.5, color="gray", linestyle=":")
-    ax.set(xlim=(0, 1), xlabel="win rate (ties count half)", yticks=[])
+def read_points(path, kind, metric):
+    """(label, x, percent) of every point that a run or a judgments file has in the picture."""
+    points = []
+    if kind == "winrates":  # the ends of the interval, too
+        for name, row in winrates_of(path).items():
+            points += [(name, name, 100 * row[key]) for key in ("low", "rate", "high")]
+        return points
+    file = Path(path) / "metrics.json"
+    with data.reading(file, f"draw something else, or first: python eval.py run {path}"):
+        m = json.loads(file.read_bytes())
+        groups = {split: m[split] for split in data.SPLITS if split in m}
+        if kind == "families":
+            groups = m["unseen"]["families"]
+        for name, group in groups.items():
+            label, x = path, f"{name} ({group['n']})"
+            if kind == "n_gist":
+                label, x = f"{m['arch']} {m['condition']}, {name}", m["n_gist"]
+            points.append((label, x, 100 * group[metric]))
+    return points
 
 
 # ---- eval.py judge ----
@@ -671,33 +652,19 @@ def judge(
         pairs.append({"row": row, "x": first["x"], "a": first["y_pred"], "b": second["y_pred"]})
     judgments = {"names": {"a": a, "b": b}, "model": model, "results": []}
     if Path(out).exists():
-        with data.reading(out, "give another --out"):
-            old = read_judgments(out)
-            known = [{key: r[key] for key in pairs[0]} in pairs for r in old["results"]]
-            if not all(known) or old | {"results": []} != judgments:
-                raise ValueError("holds judgments of something else")
-        judgments = old
-    results = judgments["results"]
+        judgments = earlier_judgments(out, judgments, pairs)
     url = base_url.rstrip("/") + "/chat/completions"
+    results = judgments["results"]
     failures = 0
-    with tqdm(total=len(pairs), initial=len(results), desc="judge", unit="pair") as bar:
+    with tqdm(total=len(pairs), initial=len(results), desc="judge") as bar:
         while len(results) < len(pairs):
             judged = {r["row"] for r in results}
-            todo = [(url, model, timeout, pair) for pair in pairs if pair["row"] not in judged]
-            pool = ThreadPool(workers)  # a new one: a request that is late keeps its thread
-            replies = [pool.apply_async(ask_for_verdict, request) for request in todo[:workers]]
-            pool.close()
-            end = time.monotonic() + timeout
-            error = None
-            failures += 1
-            for reply in replies:
-                try:
-                    results.append(reply.get(max(0, end - time.monotonic())))
-                    failures = 0
-                    bar.update()
-                except Exception as problem:
-                    error = problem
+            todo = [pair for pair in pairs if pair["row"] not in judged]
+            verdicts, error = ask_together(url, model, timeout, todo[:workers])
+            results += verdicts
+            bar.update(len(verdicts))
             data.write_file(Path(out), json.dumps(judgments, indent=1).encode())
+            failures = 0 if verdicts else failures + 1
             if error and (is_final(error) or failures == tries):
                 raise data.DataError(
                     f"{url}: {data.one_line(error)}; check --base_url, --model and OPENAI_API_KEY, "
@@ -708,11 +675,34 @@ def judge(
     winrate([out])
 
 
+def earlier_judgments(file, new, pairs):
+    """Judgments to go on with: of the same names and model as the new ones, and of these pairs."""
+    with data.reading(file, "give another --out"):
+        old = read_judgments(file)
+        known = [{key: r[key] for key in pairs[0]} in pairs for r in old["results"]]
+        if not all(known) or old | {"results": []} != new:
+            raise ValueError("holds judgments of something else")
+    return old
+
+
+def ask_together(url, model, timeout, pairs) -> tuple[list[dict], Exception | None]:
+    """The verdicts that come in time, and what went wrong with the last of the others."""
+    pool = ThreadPool(len(pairs))  # a new one: a request that is late keeps its thread
+    replies = [pool.apply_async(ask_for_verdict, (url, model, timeout, pair)) for pair in pairs]
+    pool.close()
+    end = time.monotonic() + timeout
+    verdicts, error = [], None
+    for reply in replies:
+        try:
+            verdicts.append(reply.get(max(0, end - time.monotonic())))
+        except Exception as problem:
+            error = problem
+    return verdicts, error
+
+
 def ask_for_verdict(url, model, timeout, pair) -> dict:
     """The pair with a verdict. The answers are shown in random order. Raises what went wrong."""
-    order = ["a", "b"]
-    random.Random(f"{pair['row']} {pair['x']}").shuffle(order)
-    first, second = order
+    first, second = random.Random(f"{pair['row']} {pair['x']}").sample("ba", 2)
     answers = f"# Answer of A\n{pair[first]}\n\n# Answer of B\n{pair[second]}"
     messages = [
         {"role": "system", "content": JUDGE},
@@ -722,16 +712,15 @@ def ask_for_verdict(url, model, timeout, pair) -> dict:
     key = "".join(os.environ.get("OPENAI_API_KEY", "").split())
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    opener = urllib.request.build_opener(NoRedirect)
-    with opener.open(request, timeout=timeout) as response:
+    with urllib.request.build_opener(NoRedirect).open(request, timeout=timeout) as response:
         content = response.read(1_000_000)  # a verdict is shorter
     try:
         reply = str(json.loads(content)["choices"][0]["message"]["content"])
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except Exception:
         raise OSError("the reply is no chat completion") from None
     found = re.findall(r'"choice"\s*:\s*"(a|b|tie)"\s*[,}]', reply.lower())
-    choice = found[-1] if found else "unparsed"  # counts as a tie
-    choice = {"a": first, "b": second}.get(choice, choice)
+    shown = {"a": first, "b": second, "tie": "tie"}
+    choice = shown[found[-1]] if found else "unparsed"  # counts as a tie
     return pair | {"swapped": first == "b", "choice": choice, "reason": reply}
 
 
@@ -774,8 +763,7 @@ def winrates_of(file: str) -> dict[str, dict]:
         counts = {"n": n, "wins": wins, "ties": n - wins - losses, "losses": losses}
         points = {file: (n + wins - losses) / 2}
         if "scores" in judgments:
-            name = judgments["names"]["a"]
-            points[f"{file}, by its scores"] = judgments["scores"][name]
+            points[f"{file}, by its scores"] = judgments["scores"][judgments["names"]["a"]]
         return {name: counts | wilson(x / n, n) for name, x in points.items()}
 
 
@@ -824,11 +812,11 @@ def make_parser(description: str, commands: dict[str, list]) -> argparse.Argumen
     parser = argparse.ArgumentParser(description=description)
     subparsers = parser.add_subparsers(required=True)
     for command, functions in commands.items():
-        docs = [inspect.getdoc(function) for function in functions]
+        docs = "\n\n".join(map(inspect.getdoc, functions))
         p = subparsers.add_parser(
             command,
-            help=docs[0].split("\n")[0],
-            description="\n\n".join(docs),
+            help=docs.split("\n")[0],
+            description=docs,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             argument_default=argparse.SUPPRESS,  # what is not given keeps the function's default
         )
@@ -836,11 +824,11 @@ def make_parser(description: str, commands: dict[str, list]) -> argparse.Argumen
         for name in inspect.getfullargspec(functions[0]).args:
             p.add_argument(name, **KINDS[functions[0].__annotations__[name]])
         for function in functions:
-            for name in inspect.getfullargspec(function).kwonlyargs:
-                hint = function.__annotations__[name].removesuffix(" | None")
-                required = name not in (function.__kwdefaults__ or {})
-                kind = KINDS.get(name, KINDS[hint])
-                p.add_argument(f"--{name}", required=required, **kind)
+            spec = inspect.getfullargspec(function)
+            for name in spec.kwonlyargs:
+                hint = spec.annotations[name].removesuffix(" | None")
+                required = name not in (spec.kwonlydefaults or {})
+                p.add_argument(f"--{name}", required=required, **KINDS.get(name, KINDS[hint]))
     return parser
 
 
