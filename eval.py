@@ -46,11 +46,11 @@ from tqdm import tqdm
 
 import data
 import gist_mask
-from model import Cache, Llama
+from model import Cache
 from t5 import T5
 from train import Config, batch_loss, draw_losses, fill_in
 
-Model = Llama | T5
+Model = data.Model
 
 # ---- Answers ----
 
@@ -165,7 +165,7 @@ def evaluate_run(
     max_new_tokens: int | None = None,
     **opening,
 ) -> dict:
-    """Write outputs-<split>.csv and metrics.json of a run. Returns the metrics.
+    """Write outputs-<split>.csv and metrics.json of a run, print families. Returns the metrics.
 
     data_dir: "builtin" or a directory; default: what the run was trained on. batch_size: examples
     at once, at most. max_length: of an example in tokens; default: the training's. max_new_tokens:
@@ -203,8 +203,9 @@ def evaluate_run(
             for name in sorted(set(sources)):
                 families[name] = score([p for p, source in zip(pairs, sources) if source == name])
             metrics[split]["families"] = families
-            print(f"\n{path}, {split} instructions by family:")
+            print(f"{path}, {split} instructions by family:")
             print_table(families)
+            print()
     data.write_file(Path(path) / "metrics.json", json.dumps(metrics, indent=1).encode())
     return metrics
 
@@ -267,7 +268,7 @@ def open_run(
     with data.reading(path, "train it with this version of the code"):
         arch = "t5" if raw.get("model_type") == "t5" else "llama"
         released = {"n_gist": n_gist, "condition": condition or "gist"}
-        config = asdict(fill_in(Config(arch=arch))) | (trained or released)
+        config = asdict(fill_in(Config(arch=arch))) | (released if is_released else trained)
         gist_mask.table(config["condition"])
     device = data.find_device(device)
     if dtype is None and device.startswith("cuda"):
@@ -374,12 +375,13 @@ def rouge(prediction: str, reference: str) -> dict[str, float]:
     """
     a = stems(prediction)
     b = stems(reference)
+    both = len(a) + len(b)
     ones = Counter(a) & Counter(b)
     twos = Counter(zip(a, a[1:])) & Counter(zip(b, b[1:]))
     return {
-        "rouge1": f_measure(ones.total(), len(a) + len(b)),
-        "rouge2": f_measure(twos.total(), len(a) + len(b) - 2),
-        "rougeL": f_measure(lcs_length(a, b), len(a) + len(b)),
+        "rouge1": f_measure(ones.total(), both),
+        "rouge2": f_measure(twos.total(), both - 2),
+        "rougeL": f_measure(lcs_length(a, b), both),
     }
 
 
@@ -588,9 +590,8 @@ def plot(
             places = [place + i * width for place in range(len(names))]
             ax.bar(places, heights, width, align="edge", label=label)
             ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    ax.set(ylabel="win rate, %" if kind == "winrates" else f"{metric}, %", ylim=(0, 100))
-    if kind == "n_gist":
-        ax.set_xlabel(kind)
+    metric = "win rate" if kind == "winrates" else metric
+    ax.set(xlabel="n_gist" if kind == "n_gist" else "", ylabel=f"{metric}, %", ylim=(0, 100))
     figure.legend(loc="outside upper center", ncols=2, fontsize="small")
     data.save_figure(figure, out)
 
@@ -626,6 +627,7 @@ correct first, then complete, then to the point. Which of them stands first, and
 must not matter. If neither is better, call it a tie.
 Reply with a JSON object and nothing else: \
 {"reason": "one short sentence", "choice": "A" or "B" or "tie"}"""
+TASK = "# Task\n{}\n\n# Answer of A\n{}\n\n# Answer of B\n{}"
 
 
 def judge(
@@ -644,7 +646,7 @@ def judge(
 
     base_url: an OpenAI-compatible endpoint, as https://HOST/v1; its key is in OPENAI_API_KEY. out:
     the judgments; the pairs that it has are not asked for again. workers: requests at once.
-    timeout: seconds for a whole reply. wait: seconds after a failure, twice as long after the next.
+    timeout: seconds for a reply. wait: seconds after a failure, twice as long after the next.
     tries: stop after so many failures in a row. Raises data.DataError.
     """
     pairs = []
@@ -690,11 +692,10 @@ def ask_together(url, model, timeout, pairs) -> tuple[list[dict], Exception | No
     pool = ThreadPool(len(pairs))  # a new one: a request that is late keeps its thread
     replies = [pool.apply_async(ask_for_verdict, (url, model, timeout, pair)) for pair in pairs]
     pool.close()
-    end = time.monotonic() + timeout
     verdicts, error = [], None
     for reply in replies:
         try:
-            verdicts.append(reply.get(max(0, end - time.monotonic())))
+            verdicts.append(reply.get(timeout))
         except Exception as problem:
             error = problem
     return verdicts, error
@@ -703,11 +704,8 @@ def ask_together(url, model, timeout, pairs) -> tuple[list[dict], Exception | No
 def ask_for_verdict(url, model, timeout, pair) -> dict:
     """The pair with a verdict. The answers are shown in random order. Raises what went wrong."""
     first, second = random.Random(f"{pair['row']} {pair['x']}").sample("ba", 2)
-    answers = f"# Answer of A\n{pair[first]}\n\n# Answer of B\n{pair[second]}"
-    messages = [
-        {"role": "system", "content": JUDGE},
-        {"role": "user", "content": f"# Task\n{pair['x']}\n\n{answers}"},
-    ]
+    question = TASK.format(pair["x"], pair[first], pair[second])
+    messages = [{"role": "system", "content": JUDGE}, {"role": "user", "content": question}]
     body = {"model": model, "temperature": 0, "messages": messages}
     key = "".join(os.environ.get("OPENAI_API_KEY", "").split())
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
