@@ -34,16 +34,12 @@ IGNORE_INDEX = -100  # a target that is no label
 KeysValues = tuple[Tensor, Tensor]  # of one layer, two of (B, S, H, K)
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in fp32. Zhang & Sennrich 2019."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight, with rms(x) in fp32. Zhang & Sennrich 2019."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+        normed = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
+        return normed.type_as(x) * self.weight
 
 
 def rope_frequencies(config: LlamaConfig, device: torch.device | None = None) -> Tensor:
@@ -86,9 +82,8 @@ class Attention(nn.Module):
 
     def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """x: (B, T, D). Returns (B, T, H, K), and two of (B, T, H_kv, K)."""
-        q = self.wq(x).unflatten(-1, (-1, self.head_dim))
-        k = self.wk(x).unflatten(-1, (-1, self.head_dim))
-        v = self.wv(x).unflatten(-1, (-1, self.head_dim))
+        projected = (self.wq(x), self.wk(x), self.wv(x))
+        q, k, v = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projected)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def forward(
@@ -107,13 +102,9 @@ class Attention(nn.Module):
         if group > 1 and x.is_cuda:  # where a mask and groups together have no fast kernel
             k = k.repeat_interleave(group, dim=2)
             v = v.repeat_interleave(group, dim=2)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),  # (B, H, T, K)
-            k.transpose(1, 2),  # (B, H_kv, S, K)
-            v.transpose(1, 2),
-            attn_mask=mask,
-            enable_gqa=k.shape[2] < q.shape[2],
-        )
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H or H_kv, T or S, K)
+        several = k.shape[1] < q.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=several)
         return self.wo(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
@@ -161,19 +152,17 @@ class Llama(nn.Module):
         self.embedding = make_embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.output = None  # the embedding is the output head
-        if not config.tie_embeddings:
-            self.output = Linear(config.d_model, config.vocab_size)
+        # None: the embedding is the output head.
+        self.output = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Random weights to train from scratch: normal with std 1/sqrt(inputs), norms at 1.
+        """Random weights to train from scratch: normal with std 1/sqrt(inputs).
 
         The matrices that add to the residual path start smaller, by sqrt(2 L).
         """
         for name, weight in self.named_parameters():
-            if weight.ndim == 1:
-                weight.fill_(1.0)
+            if weight.ndim < 2:  # norms stay at 1
                 continue
             std = weight.shape[1] ** -0.5
             if name.endswith(("wo.weight", "w2.weight")):
@@ -223,7 +212,7 @@ class Llama(nn.Module):
         cache first; None is causal. positions: (B, T) int64, may be negative; None counts on from
         the cache, or from 0. cache: what was read before (`compress`); it is not changed.
         """
-        mask, positions, cache = self.fill_in(no_padding(tokens), mask, positions, cache)
+        mask, positions, cache = self.fill_in(pad_attention_mask(tokens), mask, positions, cache)
         past = cache.with_room(tokens.shape[1])
         return self.logits(self.hidden(tokens, mask, positions, past))
 
@@ -258,7 +247,7 @@ class Llama(nn.Module):
         `forward`. Only places with a label reach the output head: with V = 32,000, the logits of a
         whole batch would be its largest tensor.
         """
-        mask, positions, _ = self.fill_in(no_padding(tokens), mask, positions, None)
+        mask, positions, _ = self.fill_in(pad_attention_mask(tokens), mask, positions, None)
         is_label = targets != IGNORE_INDEX  # (B, T)
         hidden = self.hidden(tokens, mask, positions)[is_label]  # (labels, D)
         logits = self.logits(hidden).float()
@@ -281,12 +270,11 @@ class Llama(nn.Module):
         is the paper's instruction caching.
         """
         T = tokens.shape[1]
-        attention_mask = no_padding(tokens) if attention_mask is None else attention_mask
-        with_next = F.pad(attention_mask, (0, 1), value=True)  # for the position of what follows
-        mask, positions, cache = self.fill_in(with_next, mask, positions, None)
+        not_padding = pad_attention_mask(tokens, attention_mask, 1)  # (B, T + 1)
+        mask, positions, cache = self.fill_in(not_padding, mask, positions, None)
         past = cache.with_room(T)
         hidden = self.hidden(tokens, mask[:, :, :T, :T], positions[:, :T], past)
-        return Cache.from_layers(past, attention_mask, positions, hidden[:, :, :0]).select(keep)
+        return Cache.from_layers(past, not_padding, positions, hidden[:, :, :0]).select(keep)
 
     @torch.no_grad()
     def generate(
@@ -309,10 +297,9 @@ class Llama(nn.Module):
         ends at `eos_id`, all of them after N tokens.
         """
         T = tokens.shape[1]
-        attention_mask = no_padding(tokens) if attention_mask is None else attention_mask
-        assert attention_mask[:, -1].all(), "rows have to be padded on the left"
-        with_answer = F.pad(attention_mask, (0, max_new_tokens), value=True)
-        mask, positions, cache = self.fill_in(with_answer, mask, positions, cache)
+        not_padding = pad_attention_mask(tokens, attention_mask, max_new_tokens)  # (B, T + N)
+        assert not_padding[:, T - 1].all(), "rows have to be padded on the left"
+        mask, positions, cache = self.fill_in(not_padding, mask, positions, cache)
         past = cache.with_room(T + max_new_tokens)
 
         def next_logits(new: Tensor, start: int) -> Tensor:
@@ -355,9 +342,10 @@ class Cache:
     def from_layers(
         past: list[KeysValues], attention_mask: Tensor, positions: Tensor, hidden: Tensor
     ) -> Cache:
-        """positions: (B, S + 1), the last one is that of what follows."""
+        """attention_mask, positions: (B, S + 1), the last column is that of what follows."""
         keys, values = (torch.stack(layers, dim=2) for layers in zip(*past))
-        return Cache(keys, values, attention_mask, positions[:, :-1], hidden, positions[:, -1:])
+        columns = (attention_mask[:, :-1], positions[:, :-1], hidden)
+        return Cache(keys, values, *columns, positions[:, -1:])
 
     @property
     def length(self) -> int:
@@ -411,11 +399,10 @@ class Cache:
 
         attention_mask: (B, T) bool. Returns (B, 1, T, S + T) bool.
         """
-        there = torch.cat([self.attention_mask, attention_mask], dim=1)  # (B, S + T)
-        T = attention_mask.shape[1]
-        mask = there[:, None].repeat(1, T, 1).tril(diagonal=self.length)
-        mask.diagonal(self.length, 1, 2).fill_(True)  # themselves
-        return mask[:, None]
+        there = torch.cat([self.attention_mask, attention_mask], dim=1)[:, None, None]
+        mask = there.repeat(1, 1, attention_mask.shape[1], 1).tril(diagonal=self.length)
+        mask.diagonal(self.length, 2, 3).fill_(True)  # themselves
+        return mask
 
 
 def append(past: KeysValues, k: Tensor, v: Tensor, end: int) -> KeysValues:
@@ -427,9 +414,16 @@ def append(past: KeysValues, k: Tensor, v: Tensor, end: int) -> KeysValues:
     return keys[:, :end], values[:, :end]
 
 
-def no_padding(tokens: Tensor) -> Tensor:
-    """The attention mask of rows without padding, (B, T) bool."""
-    return torch.ones_like(tokens, dtype=torch.bool)
+def pad_attention_mask(
+    tokens: Tensor, attention_mask: Tensor | None = None, n_more: int = 0
+) -> Tensor:
+    """The attention mask of the tokens and of `n_more` to come, (B, T + n_more) bool.
+
+    attention_mask: (B, T) bool; None is no padding.
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones_like(tokens, dtype=torch.bool)
+    return F.pad(attention_mask, (0, n_more), value=True)
 
 
 # ---- Answering ----
@@ -580,17 +574,16 @@ class LlamaConfig:
 
     @classmethod
     def from_meta(cls, raw: dict, vocab_size: int, d_ff: int) -> LlamaConfig:
-        """From Meta's params.json, which leaves two widths to the tensors. Raises as `from_hf`."""
-        in_hf = {
+        """From Meta's params.json, which leaves two widths to the tensors. Raises as `from_hf`.
+
+        Its other numbers have our names.
+        """
+        in_hf = {theirs: raw.get(ours) for ours, theirs in HF_CONFIG.items()}
+        in_hf |= {
             "vocab_size": vocab_size,
             "hidden_size": raw["dim"],
-            "num_hidden_layers": raw["n_layers"],
-            "num_attention_heads": raw["n_heads"],
-            "num_key_value_heads": raw.get("n_kv_heads"),
             "intermediate_size": d_ff,
-            "rope_theta": raw.get("rope_theta"),
             "rope_scaling": LLAMA3_SCALING if raw.get("use_scaled_rope") else None,
-            "rms_norm_eps": raw["norm_eps"],
         }
         return cls.from_hf(in_hf)
 
@@ -630,7 +623,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     rows = x.reshape(-1, x.shape[-1])  # (R, n_in)
     n = len(rows)
-    few = n <= 128 and x.device.type == "cpu" and x.dtype == torch.float32
+    few = n <= 128 and x.is_cpu and x.dtype == torch.float32
     if not few or torch.is_grad_enabled():
         return F.linear(x, weight)
     if n == 1:

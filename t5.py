@@ -47,7 +47,7 @@ from model import (
     generate_tokens,
     linear,
     make_embedding,
-    no_padding,
+    pad_attention_mask,
 )
 
 
@@ -72,10 +72,8 @@ def relative_buckets(
     for i in range(n - exact):
         starts.append(math.ceil(exact * (max_distance / exact) ** (i / (n - exact)) - 1e-9))
     starts = torch.tensor(starts, device=relative_position.device)
-    if not bidirectional:
-        return torch.bucketize((-relative_position).clamp(min=0), starts, right=True)
     bucket = torch.bucketize(relative_position.abs(), starts, right=True)
-    return torch.where(relative_position > 0, bucket + n, bucket)
+    return torch.where(relative_position > 0, bucket + n if bidirectional else 0, bucket)
 
 
 class Attention(nn.Module):
@@ -206,9 +204,8 @@ class T5(nn.Module):
         self.embedding = make_embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, config.n_layers, decoder=False)
         self.decoder = Stack(config, config.n_decoder_layers, decoder=True)
-        self.output = None  # the embedding is the output head
-        if not config.tie_embeddings:
-            self.output = Linear(config.d_model, config.vocab_size)
+        # None: the embedding is the output head.
+        self.output = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -217,8 +214,7 @@ class T5(nn.Module):
         Embeddings have std 1. Queries start smaller by sqrt(K), in place of scaled attention.
         """
         for name, weight in self.named_parameters():
-            if weight.ndim == 1:
-                weight.fill_(1.0)
+            if weight.ndim < 2:  # norms stay at 1
                 continue
             std = weight.shape[1] ** -0.5
             if name == "embedding.weight":
@@ -251,10 +247,10 @@ class T5(nn.Module):
         """
         past = None
         if cache is None:
-            cache = self.empty_cache(source)
+            cache = self.empty_cache(source, self.config.n_layers)
         else:
             past = cache.with_room(source.shape[1])
-        attention_mask = no_padding(source) if attention_mask is None else attention_mask
+        attention_mask = pad_attention_mask(source, attention_mask)
         if positions is None:
             positions = cache.positions_behind(attention_mask)
         positions = torch.cat([cache.positions, positions], dim=1)  # (B, S)
@@ -266,13 +262,19 @@ class T5(nn.Module):
         memory = [layer.cross_attention.keys_values(hidden) for layer in self.decoder.layers]
         return memory, cross_mask
 
-    def hidden(self, target: Tensor, memory: list[KeysValues], cross_mask: Tensor) -> Tensor:
-        """The decoder's output, (B, T, D), for a whole target (B, T)."""
-        T = target.shape[1]
-        positions = torch.arange(T, device=target.device)[None]
-        causal = torch.ones(T, T, dtype=torch.bool, device=target.device).tril()
+    def hidden(
+        self,
+        target: Tensor,
+        memory: list[KeysValues],
+        cross_mask: Tensor,
+        past: list[KeysValues] | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """The decoder's output, (B, T, D), for a target (B, T), behind `start` tokens in `past`."""
+        positions = torch.arange(start + target.shape[1], device=target.device)  # (S,)
+        causal = positions <= positions[start:, None]  # (T, S)
         x = self.embedding(target)
-        return self.decoder(x, positions, causal, None, memory, cross_mask)
+        return self.decoder(x, positions[None], causal, past, memory, cross_mask)
 
     def forward(
         self,
@@ -311,9 +313,9 @@ class T5(nn.Module):
         logits = self.logits(self.hidden(target, *encoded)[is_label]).float()  # (labels, V)
         return F.cross_entropy(logits, targets[is_label], reduction="sum")
 
-    def empty_cache(self, source: Tensor) -> Cache:
+    def empty_cache(self, source: Tensor, n_layers: int) -> Cache:
         c = self.config
-        heads = (c.n_layers, c.n_heads, c.head_dim)
+        heads = (n_layers, c.n_heads, c.head_dim)
         return Cache.empty(len(source), heads, c.d_model, self.embedding.weight)
 
     @torch.no_grad()
@@ -331,14 +333,14 @@ class T5(nn.Module):
         exact if no token of the prompt would have seen what follows.
         """
         T = source.shape[1]
-        attention_mask = no_padding(source) if attention_mask is None else attention_mask
-        mask = attention_mask[:, None, None] if mask is None else mask
-        cache = self.empty_cache(source)
+        not_padding = pad_attention_mask(source, attention_mask, 1)  # (B, T + 1)
+        mask = not_padding[:, None, None, :T] if mask is None else mask
+        cache = self.empty_cache(source, self.config.n_layers)
         if positions is None:
-            positions = cache.positions_behind(F.pad(attention_mask, (0, 1), value=True))
+            positions = cache.positions_behind(not_padding)
         past = cache.with_room(T)
         hidden = self.encoder(self.embedding(source), positions[:, :T], mask, past)
-        return Cache.from_layers(past, attention_mask, positions, hidden).select(keep)
+        return Cache.from_layers(past, not_padding, positions, hidden).select(keep)
 
     @torch.no_grad()
     def generate(
@@ -362,19 +364,14 @@ class T5(nn.Module):
         positions: (B, T) int64, may be negative; None counts on from the cache, or from 0. A row
         ends at `eos_id`, all of them after max_new_tokens.
         """
-        encoded = self.encode(source, attention_mask, mask, cross_mask, positions, cache)
         c = self.config
-        heads = (c.n_decoder_layers, c.n_heads, c.head_dim)
-        past = Cache.empty(len(source), heads, 0, self.embedding.weight).with_room(max_new_tokens)
-        so_far = torch.arange(max_new_tokens, device=source.device)[None]  # (1, N)
-        sees_all = torch.ones(1, 1, dtype=torch.bool, device=source.device)
+        encoded = self.encode(source, attention_mask, mask, cross_mask, positions, cache)
+        past = self.empty_cache(source, c.n_decoder_layers).with_room(max_new_tokens)
 
         def next_logits(new: Tensor, start: int) -> Tensor:
-            x = self.embedding(new)  # (B, 1, D)
-            x = self.decoder(x, so_far[:, : start + 1], sees_all, past, *encoded)
-            return self.logits(x[:, -1])
+            return self.logits(self.hidden(new, *encoded, past, start)[:, -1])
 
-        first = torch.full((len(source), 1), c.start_id, device=source.device)
+        first = source.new_full((len(source), 1), c.start_id)
         return generate_tokens(next_logits, first, max_new_tokens, eos_id)
 
 
