@@ -103,8 +103,8 @@ class Attention(nn.Module):
             k = k.repeat_interleave(group, dim=2)
             v = v.repeat_interleave(group, dim=2)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H or H_kv, T or S, K)
-        several = k.shape[1] < q.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=several)
+        is_grouped = k.shape[1] < q.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=is_grouped)
         return self.wo(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
@@ -344,8 +344,8 @@ class Cache:
     ) -> Cache:
         """attention_mask, positions: (B, S + 1), the last column is that of what follows."""
         keys, values = (torch.stack(layers, dim=2) for layers in zip(*past))
-        columns = (attention_mask[:, :-1], positions[:, :-1], hidden)
-        return Cache(keys, values, *columns, positions[:, -1:])
+        there, next_position = positions[:, :-1], positions[:, -1:]
+        return Cache(keys, values, attention_mask[:, :-1], there, hidden, next_position)
 
     @property
     def length(self) -> int:
@@ -541,19 +541,21 @@ class LlamaConfig:
 
         Raises ValueError, KeyError or TypeError for what is not supported.
         """
+        raw = {key: value for key, value in raw.items() if value is not None}
+        for group in ("rope_scaling", "rope_parameters"):
+            raw |= raw.get(group, {})
         heads = raw["num_attention_heads"]
         defaults = {
             "num_key_value_heads": heads,
             "rope_theta": 10_000.0,
+            "rope_type": raw.get("type", "default"),
             "rms_norm_eps": 1e-6,
+            "hidden_act": "silu",
         }
-        raw = defaults | {key: value for key, value in raw.items() if value is not None}
+        raw = defaults | raw
         if "head_dim" not in raw:
             raw["head_dim"] = raw["hidden_size"] // heads
-        for group in ("rope_scaling", "rope_parameters"):
-            raw |= raw.get(group, {})
-        kind = raw["rope_type"] = raw.get("rope_type", raw.get("type", "default"))
-        activation = raw.get("hidden_act", "silu")
+        kind, activation = raw["rope_type"], raw["hidden_act"]
         if kind not in ("default", "llama3") or activation != "silu":
             raise ValueError(f"rotary type {kind} and hidden_act {activation} are not supported")
         return cls(

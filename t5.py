@@ -438,18 +438,20 @@ class T5Config:
         for stack, ffn in (("encoder", 1), ("decoder", 2)):  # ffn: which part of a layer it is
             ours, theirs = f"{stack}.layers.N", f"{stack}.block.N.layer"
             first = f"{stack}.block.0.layer.0.SelfAttention"
-            names[f"{stack}.relative_bias"] = f"{first}.relative_attention_bias"
-            names[f"{stack}.norm"] = f"{stack}.final_layer_norm"
-            names[f"{ours}.attention_norm"] = f"{theirs}.0.layer_norm"
-            names[f"{ours}.cross_norm"] = f"{theirs}.1.layer_norm"
-            names[f"{ours}.ffn_norm"] = f"{theirs}.{ffn}.layer_norm"
+            w1 = "wi_0" if self.gated else "wi"
+            names |= {
+                f"{stack}.relative_bias": f"{first}.relative_attention_bias",
+                f"{stack}.norm": f"{stack}.final_layer_norm",
+                f"{ours}.attention_norm": f"{theirs}.0.layer_norm",
+                f"{ours}.cross_norm": f"{theirs}.1.layer_norm",
+                f"{ours}.ffn_norm": f"{theirs}.{ffn}.layer_norm",
+                f"{ours}.feed_forward.w1": f"{theirs}.{ffn}.DenseReluDense.{w1}",
+                f"{ours}.feed_forward.w2": f"{theirs}.{ffn}.DenseReluDense.wo",
+                f"{ours}.feed_forward.w3": f"{theirs}.{ffn}.DenseReluDense.wi_1",
+            }
             for x in "qkvo":
                 names[f"{ours}.attention.w{x}"] = f"{theirs}.0.SelfAttention.{x}"
                 names[f"{ours}.cross_attention.w{x}"] = f"{theirs}.1.EncDecAttention.{x}"
-            w1 = "wi_0" if self.gated else "wi"
-            names[f"{ours}.feed_forward.w1"] = f"{theirs}.{ffn}.DenseReluDense.{w1}"
-            names[f"{ours}.feed_forward.w2"] = f"{theirs}.{ffn}.DenseReluDense.wo"
-            names[f"{ours}.feed_forward.w3"] = f"{theirs}.{ffn}.DenseReluDense.wi_1"
         return names
 
     @classmethod
@@ -463,22 +465,23 @@ class T5Config:
 
         Raises ValueError, KeyError or TypeError for what is not supported.
         """
-        kind = raw.get("feed_forward_proj", "relu")
-        if kind not in ("relu", "gated-gelu"):
-            raise ValueError(f"feed_forward_proj {kind} is not supported")
-        missing = {
+        defaults = {
             "num_decoder_layers": raw["num_layers"],
             "relative_attention_num_buckets": 32,
             "relative_attention_max_distance": 128,
+            "feed_forward_proj": "relu",
             "layer_norm_epsilon": 1e-6,
             "decoder_start_token_id": 0,
+            "scale_decoder_outputs": raw.get("tie_word_embeddings"),
         }
-        raw = missing | {key: value for key, value in raw.items() if value is not None}
-        tied = raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings", True))
+        raw = defaults | {key: value for key, value in raw.items() if value is not None}
+        kind = raw["feed_forward_proj"]
+        if kind not in ("relu", "gated-gelu"):
+            raise ValueError(f"feed_forward_proj {kind} is not supported")
         return cls(
             **{ours: raw[theirs] for ours, theirs in HF_CONFIG.items()},
             gated=kind == "gated-gelu",
-            tie_embeddings=tied is not False,
+            tie_embeddings=raw["scale_decoder_outputs"] is not False,
             start_id=raw["decoder_start_token_id"],
         )
 
