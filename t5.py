@@ -45,7 +45,6 @@ from model import (
     append,
     check_numbers,
     generate_tokens,
-    linear,
     make_embedding,
     pad_attention_mask,
 )
@@ -228,7 +227,7 @@ class T5(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: (..., D), the decoder's output. Returns (..., V)."""
         if self.output is None:
-            return linear(hidden * self.config.d_model**-0.5, self.embedding.weight)
+            return F.linear(hidden * self.config.d_model**-0.5, self.embedding.weight)
         return self.output(hidden)
 
     def encode(
