@@ -27,12 +27,10 @@ import pickle
 import random
 import re
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +39,7 @@ import tiktoken
 import torch
 from torch import Tensor, nn
 
-from model import IGNORE_INDEX, Cache, Llama, LlamaConfig, rope_frequencies
+from model import IGNORE_INDEX, Llama, LlamaConfig, rope_frequencies
 from t5 import T5, T5Config
 
 Model = Llama | T5
@@ -413,6 +411,8 @@ def batch_order(lengths: list[int], batch_size: int, seed: int) -> list[list[int
 # after the tokenizer's own. `files` is what a checkpoint has of a tokenizer: name -> content.
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The same where numbers are cut out before: digit by digit, and no space goes with them.
+DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -451,7 +451,6 @@ class BPETokenizer:
 
     tokens: dict[int, bytes]  # earlier merges have lower ids
     pattern: str  # the regular expression that cuts a text into pieces
-    digits: str | None  # before that, numbers are cut out: "each" digit, "runs" of them, or not
     bos_id: int
     eos_id: int
     pad_id: int
@@ -471,27 +470,13 @@ class BPETokenizer:
         self.bpe = tiktoken.Encoding("", pat_str=pieces, mergeable_ranks=ids, special_tokens={})
 
     def encode(self, text: str) -> list[int]:
-        ids = []
-        for piece in cut_out_numbers(text, self.digits):
-            ids += self.bpe.encode_ordinary(piece)
-        return [i for i in ids if i < self.vocab_size]
+        return [i for i in self.bpe.encode_ordinary(text) if i < self.vocab_size]
 
     def decode(self, ids: list[int]) -> str:
         return self.bpe.decode([i for i in ids if i in self.tokens])
 
 
 Tokenizer = SentencePieceTokenizer | BPETokenizer
-
-
-def cut_out_numbers(text: str, digits: str | None) -> list[str]:
-    """Cut a text before and after its numbers in Unicode's sense: around each digit, or runs."""
-    if digits is None:
-        return [text]
-    pieces = []
-    for is_number, run in groupby(text, lambda c: unicodedata.category(c).startswith("N")):
-        run = "".join(run)
-        pieces += run if is_number and digits == "each" else [run]
-    return pieces
 
 
 def train_tokenizer(records: list[dict], vocab_size: int) -> SentencePieceTokenizer:
@@ -541,7 +526,7 @@ def read_tokenizer(file: Path) -> Tokenizer:
     pairs = [line.split() for line in content.splitlines()]
     tokens = {int(rank): base64.b64decode(token) for token, rank in pairs}
     n, files = max(tokens) + 1, {file.name: content}
-    return BPETokenizer(tokens, LLAMA3_PATTERN, None, n, n + 1, n + 1, n + 256, files)
+    return BPETokenizer(tokens, LLAMA3_PATTERN, n, n + 1, n + 1, n + 256, files)
 
 
 def read_tokenizer_json(file: Path) -> BPETokenizer:
@@ -571,24 +556,24 @@ def read_tokenizer_json(file: Path) -> BPETokenizer:
         raise ValueError("no eos_token in tokenizer_config.json")
     gist_id = max(*vocab.values(), *added.values()) + 1
     files = {f.name: f.read_bytes() for f in (file, settings)}
-    pattern, digits = read_pre_tokenizer(spec["pre_tokenizer"])
-    return BPETokenizer(tokens, pattern, digits, **special, gist_id=gist_id, files=files)
+    pattern = read_pre_tokenizer(spec["pre_tokenizer"])
+    return BPETokenizer(tokens, pattern, **special, gist_id=gist_id, files=files)
 
 
-def read_pre_tokenizer(spec: dict) -> tuple[str, str | None]:
-    """How a text is cut: the pattern, and what is done to numbers before. Raises ValueError."""
+def read_pre_tokenizer(spec: dict) -> str:
+    """The pattern that cuts a text into pieces. Raises ValueError."""
     steps = spec["pretokenizers"] if spec["type"] == "Sequence" else [spec]
-    pattern, digits = "", None
+    pattern, gpt2_pattern = "", GPT2_PATTERN
     for step in steps:
         match step:
             case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
                 pass
             case {"type": "ByteLevel", "add_prefix_space": False} if not pattern:
-                pattern = GPT2_PATTERN
-            case {"type": "Digits", "individual_digits": each} if not pattern:
-                digits = "each" if each else "runs"
+                pattern = gpt2_pattern
+            case {"type": "Digits", "individual_digits": True} if not pattern:
+                gpt2_pattern = DIGITS_PATTERN
             case {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated"}:
-                if pattern:
+                if pattern or gpt2_pattern != GPT2_PATTERN:
                     raise ValueError("it cuts a text by two patterns")
                 pattern = split
             case _:
@@ -598,7 +583,7 @@ def read_pre_tokenizer(spec: dict) -> tuple[str, str | None]:
     in_python = re.sub(r"\\p\{\w+\}", "a", pattern)
     if pattern and "" in [match[0] for match in re.finditer(in_python, "ab 1\n.")]:
         raise ValueError(f"the pattern {pattern} matches nothing, and would lose text")
-    return pattern, digits
+    return pattern
 
 
 # ---- Checkpoints ----
@@ -872,33 +857,6 @@ def save_config(
     write_file(Path(path) / "config.json", json.dumps(config, indent=2).encode())
 
 
-# A compressed prompt in a file
-
-
-def save_cache(file: AnyPath, cache: Cache, model: Model, n_gist: int, instruction: str) -> None:
-    """Write a compressed prompt, and which model it belongs to."""
-    content = io.BytesIO()
-    origin = (model_id(model), n_gist)
-    torch.save({"cache": vars(cache), "instruction": instruction, "origin": origin}, content)
-    write_file(Path(file), content.getvalue())
-
-
-def load_cache(file: AnyPath, model: Model, n_gist: int) -> tuple[Cache, str]:
-    """A compressed prompt of this very model, and its instruction. Raises DataError."""
-    weight = model.embedding.weight
-    with reading(file, "make it again with eval.py compress --save"):
-        state = unpickle(file)
-        if state["origin"] != (model_id(model), n_gist):
-            raise ValueError(f"a gist of another model than this one with {n_gist} gist tokens")
-        return Cache(**state["cache"]).to(weight.device, weight.dtype), state["instruction"]
-
-
-def model_id(model: Model) -> str:
-    """A hash of a model's shape and each 997th weight, the same in every dtype and place."""
-    some = [weight.flatten()[::997].bfloat16().tolist() for weight in model.parameters()]
-    return hashlib.sha256(repr((model.config, some)).encode()).hexdigest()
-
-
 # ---- Files ----
 
 
@@ -1017,15 +975,13 @@ def save_figure(figure, file: AnyPath) -> None:
 
 def find_device(name: str | None = None) -> str:
     """The device to use: `name`, or the first of cuda, mps and cpu. Raises DataError."""
-    best = "cpu"
-    if torch.accelerator.is_available():
-        best = torch.accelerator.current_accelerator().type
-    here = {best, "cpu", *[f"{best}:{i}" for i in range(torch.accelerator.device_count())]}
-    device = name or best
-    if device not in here:
-        raise DataError(f"--device {name}: this machine has {', '.join(sorted(here))}")
-    if device.startswith("cuda:"):
-        torch.cuda.set_device(device)  # memory statistics and events are of the current device
+    device = name or "cpu"
+    if name is None and torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator().type
+    with reading(f"--device {device}", "give one that this machine has, like cpu"):
+        torch.zeros(1, device=device).cpu()
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)  # memory statistics and events are of the current device
     return device
 
 

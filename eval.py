@@ -505,28 +505,18 @@ IRREGULAR = rules(
 def compress(
     run: str,
     *,
-    instruction: str = "",
+    instruction: str,
     input: list[str] | None = None,
-    load: str | None = None,
-    save: str | None = None,
     max_new_tokens: int = 128,
     **opening,
 ) -> None:
     """Compress an instruction once, and answer inputs from its gist.
 
     instruction: what to compress. input: what to answer; - is the lines of standard input; default:
-    one answer without an input. load, save: a file with the gist. max_new_tokens: of an answer.
-    opening: see `open_run`.
+    one answer without an input. max_new_tokens: of an answer. opening: see `open_run`.
     """
     model, tokenizer, config = open_run(run, **opening)
-    if load:
-        loaded, instruction = data.load_cache(load, model, config["n_gist"])
     prompt, gist = compress_instruction(instruction, model, tokenizer, config)
-    if load:
-        gist = loaded
-    if save:
-        data.save_cache(save, gist, model, config["n_gist"], instruction)
-        print(f"wrote {save}")
     n = prompt.shape[1] - gist.length
     column = gist.nbytes / gist.length / 1024  # KiB
     print(

@@ -31,10 +31,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import os
+import runpy
 from functools import partial
-from importlib.machinery import PathFinder
 from pathlib import Path
 from statistics import mean, median
 from timeit import timeit
@@ -90,7 +89,7 @@ def human_lengths(model: str) -> list[tuple]:
 
 def print_table(prompts: list[dict], average) -> None:
     """For every caching the averages over prompts, and what part it saves."""
-    names = list(prompts[0]["none"])
+    names = prompts[0]["none"]
     print("caching     " + "".join(f"{name:>14}         " for name in names))
     for caching in prompts[0]:
         line = f"{caching:12}"
@@ -202,11 +201,11 @@ def run_model(
     import data
 
     model = open_model(model, **opening)
-    lengths = [(p, 1, input_tokens) for p in prompt_tokens or []]
-    lengths = lengths or human_lengths("llama-7b")[:limit]
+    lengths = human_lengths("llama-7b")[:limit]
+    if prompt_tokens:
+        lengths = [(p, 1, input_tokens) for p in prompt_tokens]
     prompts = [measure(model, 1, *row, max_new_tokens, repeats) for row in lengths]
-    tables = [[prompt] for prompt in prompts] if prompt_tokens else [prompts]
-    for table in tables:
+    for table in [[prompt] for prompt in prompts] if prompt_tokens else [prompts]:
         print_table(table, median)
     os.makedirs(out_dir, exist_ok=True)
     figure, ax = data.new_figure(6, 3.5)
@@ -311,7 +310,6 @@ if __name__ == "__main__":
 
     data.run(main)
 else:
-    spec = PathFinder.find_spec("profile", [os.path.dirname(os.__file__)])
-    standard = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(standard)
-    globals().update({k: v for k, v in vars(standard).items() if not k.startswith("__")})
+    file = Path(os.__file__).with_name("profile.py")
+    standard = runpy.run_path(str(file), run_name="profile")
+    globals().update({k: v for k, v in standard.items() if not k.startswith("__")})

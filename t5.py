@@ -222,7 +222,13 @@ class T5(nn.Module):
                 std = self.config.d_model**-0.5
             elif name.endswith("wq.weight"):
                 std *= self.config.head_dim**-0.5
+            elif name.endswith("w2.weight"):
+                std *= 0.3
             weight.normal_(0.0, std, generator=generator)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.wq.weight.copy_(module.wk.weight * self.config.head_dim**-0.5)
+                module.wo.weight.copy_(module.wv.weight.T)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: (..., D), the decoder's output. Returns (..., V)."""

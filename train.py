@@ -36,7 +36,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -52,7 +52,6 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import AdamW, Optimizer
@@ -128,9 +127,9 @@ def fit(model, tokenizer, examples, config, loss_function=batch_loss, out_dir=No
     prepare(model, config)
     optimizers = make_optimizers(model, config)
     data_hash = hashlib.sha256(repr(examples).encode()).hexdigest()
-    run = asdict(config) | {"data_hash": data_hash, "steps": 0, "tokens": 0, "seconds": 0.0}
+    run = asdict(config) | {"data_hash": data_hash, "steps": 0, "seconds": 0.0}
     log_file = open_run(out_dir, config, model, tokenizer, optimizers, run)
-    step, ema = run["steps"], None
+    step, ema, signals = run["steps"], None, []
     bar = tqdm(total=config.max_steps, initial=step, desc="train", disable=not is_first())
     model.train()
     with open(log_file, "a") as log, bar, caught_signals() as caught:
@@ -139,31 +138,31 @@ def fit(model, tokenizer, examples, config, loss_function=batch_loss, out_dir=No
             batch = [examples[i] for i in rows]
             factor = lr_factor(step, config)
             step += 1
-            loss = accumulate_gradients(model, batch, tokenizer, config, loss_function)
-            loss, stop = summed(loss, bool(caught))
+            share = accumulate_gradients(model, batch, tokenizer, config, loss_function)
+            loss = sum(from_all(share))
+            signals = sum(from_all(caught), [])  # one process is to stop: all of them stop
             norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)).item()
-            check_finite(step, loss=loss, gradient=norm)
             update(optimizers, factor)
+            weights = whole(nn.utils.get_total_norm(model.parameters())).item()
+            check_finite(step, loss=loss, gradient=norm, weights=weights)
 
             n, lr = sum(map(len, batch)), factor * config.lr
             entry = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": n}
             print(json.dumps(entry), file=log, flush=True)
+            seconds = time.perf_counter() - began
             run["steps"] = step
-            run["tokens"] += n
-            run["seconds"] += time.perf_counter() - began
+            run["seconds"] += seconds
             ema = 0.95 * ema + 0.05 * loss if ema else loss  # the loss, smoothed
-            speed = run["tokens"] / run["seconds"]
-            bar.set_postfix(ema=f"{ema:.3f}", tokens_s=f"{speed:,.0f}", refresh=False)
+            bar.set_postfix(ema=f"{ema:.3f}", tokens_s=f"{n / seconds:,.0f}", refresh=False)
             bar.update()
-            if out_dir and (stop or step % config.save_every == 0 or step == config.max_steps):
+            is_last = signals or step == config.max_steps
+            if out_dir and (is_last or step % config.save_every == 0):
                 save_checkpoint(out_dir, model, optimizers, run)
-            if stop:
+            if signals:
                 break
     if out_dir:
         save_weights(out_dir, model, tokenizer, run)
-    if step < config.max_steps:
-        return caught[0] if caught else signal.SIGTERM  # the signal came to another process
-    return None
+    return signals[0] if signals else None
 
 
 def batches(examples, config, start) -> Iterator[list[int]]:
@@ -182,7 +181,7 @@ def batches(examples, config, start) -> Iterator[list[int]]:
 
 
 def check_finite(step, **values):
-    """Raise DataError if a value is infinite or not a number."""
+    """Raise DataError if a value is infinite or not a number, as a norm is if one number is."""
     for name, value in values.items():
         if not math.isfinite(value):
             raise DataError(
@@ -221,7 +220,7 @@ class Muon(Optimizer):
     https://kellerjordan.github.io/posts/muon
     """
 
-    def __init__(self, params, lr, momentum=0.95):
+    def __init__(self, params, lr, momentum=0.9):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
@@ -247,24 +246,29 @@ def orthogonalize_shared(x: Tensor) -> Tensor:
     """
     if not isinstance(x, DTensor):
         return orthogonalize(x)
-    mesh, by_matrix = x.device_mesh, [Shard(0)] * x.device_mesh.ndim
-    mine = x.redistribute(placements=by_matrix).to_local()
-    done = orthogonalize(mine)
-    done = DTensor.from_local(done, mesh, by_matrix, shape=x.shape, stride=x.stride())
-    return done.redistribute(placements=x.placements)
+    by_matrix = x.redistribute(placements=[Shard(0)] * x.device_mesh.ndim)
+    return orthogonalize(by_matrix).redistribute(placements=x.placements)
+
+
+# Of x <- a x + b (xx')x + c (xx')^2 x, three steps that bring singular values from 0.01 to 1 close
+# to 1, each step the best after those before it: Amsel et al. 2025, "The Polar Express".
+NEWTON_SCHULZ = [
+    (8.0934, -23.6204, 17.4462),
+    (3.6366, -2.7219, 0.5365),
+    (2.6613, -1.9772, 0.4526),
+]
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """Move all singular values of x (..., m, n) close to 1.
-
-    Five Newton-Schulz steps, x <- a x + b (xx')x + c (xx')^2 x.
-    """
+    """Move all singular values of x (..., m, n) close to 1, by Newton-Schulz steps."""
     if x.shape[-2] > x.shape[-1]:
         return orthogonalize(x.mT).mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(5):
+    for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
         xx = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * xx + 2.0315 * xx @ xx) @ x
+        if step == 0:  # no singular value is larger than the root of this norm
+            norm = xx.norm(dim=(-2, -1), keepdim=True) + 1e-30
+            x, xx = x / norm.sqrt(), xx / norm
+        x = a * x + (b * xx + c * xx @ xx) @ x
     return x
 
 
@@ -277,7 +281,7 @@ def make_optimizers(model, config) -> list[Optimizer]:
         "fused": True,
     }
     if config.optimizer == "adamw":
-        return [AdamW(model.parameters(), **options)]
+        return [AdamW([{"params": model.parameters(), "peak_lr": config.lr}], **options)]
     matrices, others = {}, []
     for name, p in model.named_parameters():
         # T5's two peculiarities need other steps. Its position biases start near 0 and have to
@@ -291,8 +295,8 @@ def make_optimizers(model, config) -> list[Optimizer]:
         if "layers." in name and p.ndim == 2:
             matrices.setdefault((p.shape, scale), []).append(p)
         else:
-            others.append({"params": [p], "lr": scale * config.lr})
-    groups = [{"params": ps, "lr": s * config.muon_lr} for (_, s), ps in matrices.items()]
+            others.append({"params": [p], "peak_lr": scale * config.lr})
+    groups = [{"params": ps, "peak_lr": s * config.muon_lr} for (_, s), ps in matrices.items()]
     return [AdamW(others, **options), Muon(groups, config.muon_lr)]
 
 
@@ -300,7 +304,7 @@ def update(optimizers, factor):
     """Move the weights, with this part of the peak learning rates."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = factor * group.setdefault("peak_lr", group["lr"])
+            group["lr"] = factor * group["peak_lr"]
         optimizer.step()
         optimizer.zero_grad()
 
@@ -310,7 +314,7 @@ def lr_factor(step: int, config: Config) -> float:
     warmup = max(1, round(config.warmup * config.max_steps))
     if step < warmup:
         return (step + 1) / warmup
-    left = 1 - (step - warmup) / max(1, config.max_steps - warmup)
+    left = 1 - (step - warmup) / (config.max_steps - warmup)
     if config.schedule == "cosine":
         return 0.5 * (1 - math.cos(math.pi * left))
     if config.schedule == "linear" and left < config.decay:  # flat, then straight down to 0
@@ -350,7 +354,7 @@ def shard(model, layers, config):
     _, world = rank_and_world()
     sizes = (1, world) if config.parallel == "fsdp" else (world, 1)
     device = torch.device(config.device).type
-    mesh = init_device_mesh(device, sizes, mesh_dim_names=("copies", "parts"))
+    mesh = dist.init_device_mesh(device, sizes, mesh_dim_names=("copies", "parts"))
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
     policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     split = partial(fully_shard, mesh=mesh, mp_policy=policy)
@@ -370,14 +374,9 @@ def processes(device: str):
     on_cuda = device.startswith("cuda")
     if on_cuda:  # round the factors of fp32 products to TF32: 10 bits, and many times faster
         torch.set_float32_matmul_precision("high")
-    try:
-        if "RANK" in os.environ:
+    if "RANK" in os.environ:
+        with data.reading("RANK is set", "start with torchrun, or unset RANK"):
             dist.init_process_group("nccl" if on_cuda else "gloo")
-    except (ValueError, RuntimeError) as error:
-        raise DataError(
-            f"RANK is set, but this process cannot join others ({data.one_line(error)}); "
-            "start with torchrun, or unset RANK"
-        ) from None
     try:
         yield
     finally:
@@ -396,14 +395,13 @@ def is_first():
     return rank_and_world()[0] == 0
 
 
-def summed(*values) -> list[float]:
-    """Numbers, each added up over all processes. Every process waits here for the others."""
-    if not dist.is_initialized():
-        return list(values)
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
+def from_all(value) -> list:
+    """Every process's value, the same list in all of them. They wait here for each other."""
+    _, world = rank_and_world()
+    values = [value] * world
+    if world > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def whole(x: Tensor) -> Tensor:
@@ -420,7 +418,7 @@ LOG = "train_log.jsonl"  # where this is, there is a run
 # fmt: off
 FILES = ("checkpoint-*", "config.json", "model.safetensors", "tokenizer.*", "spiece.model",
          "loss.png", "metrics.json", "outputs-*.csv")
-PROGRESS = ("steps", "tokens", "seconds")
+PROGRESS = ("steps", "seconds")
 MAY_CHANGE = ("resume", "overwrite", "out_dir", "no_eval", "save_every", "device", "parallel",
               "micro_batch", "checkpoint_activations", "compile")  # when a run is resumed
 METADATA = ("Metadata", "MetadataIndex", "StorageMeta", "_StorageInfo", "TensorStorageMetadata",
@@ -469,20 +467,20 @@ def open_run(out_dir, config, model, tokenizer, optimizers, run):
     checkpoint = check_out_dir(out_dir, config)
     if checkpoint:
         load_checkpoint(checkpoint, model, optimizers, run)
-    summed(0)  # wait until every process has seen what the first one now changes
+    from_all(None)  # wait until every process has seen what the first one now changes
     if not is_first():
         return os.devnull
     log = out_dir / LOG
-    if checkpoint:
-        lines = log.read_bytes().splitlines(keepends=True)
-        data.write_file(log, b"".join(lines[: run["steps"]]))
-        (out_dir / "model.safetensors").unlink(missing_ok=True)
-        return log
-    for file in files_of_run(out_dir):
-        shutil.rmtree(file) if file.is_dir() else file.unlink()
     out_dir.mkdir(parents=True, exist_ok=True)
-    data.write_file(log, b"")
-    data.save_config(out_dir, model, tokenizer, run)
+    log.touch()
+    lines = log.read_bytes().splitlines(keepends=True)
+    data.write_file(log, b"".join(lines[: run["steps"]]))  # none of a new run
+    if checkpoint:
+        (out_dir / "model.safetensors").unlink(missing_ok=True)
+    else:
+        for file in files_of_run(out_dir):
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+        data.save_config(out_dir, model, tokenizer, run)
     return log
 
 
@@ -497,8 +495,6 @@ def first_cause():
 
 def save_checkpoint(out_dir, model, optimizers, run):
     """Write checkpoint-STEP under another name, rename it when whole, delete the older ones."""
-    norm = whole(nn.utils.get_total_norm(model.parameters())).item()
-    check_finite(run["steps"], weights=norm)  # the norm is finite only if every weight is
     weights, states = get_state_dict(model, optimizers)
     folder = out_dir / f"checkpoint-{run['steps']}"
     unfinished = folder.with_suffix(".tmp")
@@ -590,7 +586,7 @@ class Config:
 
     d_model: int = 128  # width of a new model
     n_layers: int | None = None  # its layers (4; t5: 3 in the encoder and 3 in the decoder)
-    n_heads: int = 8  # its attention heads
+    n_heads: int = 4  # its attention heads
     vocab_size: int = 2048  # largest size of its tokenizer, which is trained on the data
 
     max_steps: int = 3000  # steps
@@ -599,13 +595,13 @@ class Config:
     micro_batch: int | None = None  # examples in memory at once; their gradients add up (all)
     optimizer: str | None = None  # muon is fast from random weights (muon; adamw with --init_from)
     lr: float | None = None  # peak learning rate of AdamW (3e-3; 2e-5 with --init_from)
-    muon_lr: float = 0.015  # peak learning rate of Muon
+    muon_lr: float = 0.01  # peak learning rate of Muon
     beta2: float = 0.95  # how slowly AdamW's second moment changes
     weight_decay: float = 0.0  # of AdamW
     grad_clip: float = 1.0  # largest norm of the gradient
     warmup: float = 0.03  # part of the steps in which the learning rate rises
     schedule: str = "linear"  # the learning rate after that
-    decay: float = 0.5  # linear: part of the steps in which it falls to 0
+    decay: float = 0.8  # linear: part of the steps in which it falls to 0
     seed: int = 0  # of weights, data and order
 
     device: str | None = None  # cuda, mps or cpu (the first of these that is there)
@@ -658,12 +654,15 @@ PRESETS = {
 
 def read_flags() -> Config:
     """The command line; what it does not give is the preset's, then Config's."""
-    parser = argparse.ArgumentParser(description="Train a model to compress prompts, evaluate it.")
+    parser = argparse.ArgumentParser(
+        description="Train a model to compress prompts, evaluate it.",
+        argument_default=argparse.SUPPRESS,  # parsed is only what the command line gives
+    )
     parser.add_argument("--preset", choices=PRESETS, help="the paper's values for --init_from")
     helps = dict(re.findall(r"^    (\w+): .*  # (.*)", inspect.getsource(Config), re.M))
     for field in fields(Config):
         name, kind = field.name, field.type.split()[0]
-        options = {"default": field.default, "help": helps[name]}
+        options = {"help": helps[name]}
         if kind == "bool":
             options["action"] = "store_true"
         elif kind == "int":
@@ -673,12 +672,9 @@ def read_flags() -> Config:
         else:
             options["choices"] = CHOICES.get(name)
         parser.add_argument(f"--{name}", **options)
-    flags = parser.parse_args()
-    if flags.preset:
-        parser.set_defaults(**PRESETS[flags.preset])
-        flags = parser.parse_args()
-    del flags.preset
-    return Config(**vars(flags))
+    given = vars(parser.parse_args())
+    preset = PRESETS.get(given.pop("preset", None), {})
+    return Config(**preset | given)
 
 
 def fill_in(config: Config) -> Config:
@@ -694,13 +690,13 @@ def fill_in(config: Config) -> Config:
         device = data.find_device("cuda:" + os.environ["LOCAL_RANK"])
     for name, choices in CHOICES.items():
         value = getattr(config, name)
-        if value is not None and value not in choices:
+        if value not in (None, *choices):
             raise DataError(f"--{name} {value}: choose from {', '.join(choices)}")
     if config.n_gist == 0 and not gist_mask.table(config.condition).all():
         raise DataError(f"--condition {config.condition} hides something: it needs --n_gist 1")
     if config.d_model % (2 * config.n_heads):
         raise DataError("--d_model must be an even multiple of --n_heads")
-    values = {
+    follows = {
         "out_dir": f"out/{arch}-{config.condition}-{config.n_gist}",
         "max_length": 128 if arch == "t5" else 512,
         "n_layers": 3 if arch == "t5" else 4,
@@ -708,8 +704,8 @@ def fill_in(config: Config) -> Config:
         "lr": 2e-5 if pretrained else 3e-3,
         "dtype": "bfloat16" if device.startswith("cuda") else "float32",
     }
-    missing = {name: value for name, value in values.items() if getattr(config, name) is None}
-    return replace(config, arch=arch, device=device, **missing)
+    given = {name: value for name, value in asdict(config).items() if value is not None}
+    return Config(**follows | given | {"arch": arch, "device": device})
 
 
 def make_model(config: Config, records: list[dict], tokenizer=None):
@@ -729,8 +725,8 @@ def make_model(config: Config, records: list[dict], tokenizer=None):
     if config.arch == "llama":
         model = Llama(LlamaConfig(**shape, n_kv_heads=heads, d_ff=3 * d))
     else:
-        start_id = tokenizer.pad_id
-        model = T5(T5Config(**shape, n_decoder_layers=layers, d_ff=2 * d, start_id=start_id))
+        shape |= {"n_decoder_layers": layers, "start_id": tokenizer.pad_id}
+        model = T5(T5Config(**shape, d_ff=2 * d))
     model.init_weights(torch.Generator().manual_seed(config.seed))
     return model, tokenizer
 
@@ -740,9 +736,8 @@ def train(config: Config) -> int | None:
     config = fill_in(config)
     out_dir = Path(config.out_dir)
     with processes(config.device):
-        tokenizer = None
-        if check_out_dir(out_dir, config):  # a resumed run keeps its tokenizer
-            tokenizer = data.load_tokenizer(out_dir)
+        resumed = check_out_dir(out_dir, config)
+        tokenizer = data.load_tokenizer(out_dir) if resumed else None  # a run keeps its own
         records = data.load_instructions(config.data, config.seed)["train"]
         if config.tfidf:
             records = data.with_keywords(records, records, config.tfidf)
@@ -753,11 +748,12 @@ def train(config: Config) -> int | None:
         if not examples:
             raise DataError(f"{config.data}: --max_length cuts off every output; raise it")
         if config.epochs:
-            steps = config.epochs * math.ceil(len(examples) / config.batch_size)
-            config = replace(config, max_steps=math.ceil(steps))
+            per_epoch = math.ceil(len(examples) / config.batch_size)
+            config.max_steps = math.ceil(config.epochs * per_epoch)
         if is_first():
             n = sum(p.numel() for p in model.parameters())
-            print(f"{out_dir}: {n:,} parameters, {len(examples):,} examples ({skipped} skipped)")
+            sizes = f"{n:,} parameters, {len(examples):,} examples ({skipped} skipped)"
+            print(f"{out_dir}: {sizes}", flush=True)
         return fit(model, tokenizer, examples, config, out_dir=out_dir)
 
 
@@ -770,8 +766,7 @@ def main():
         print("stopped and saved; go on with the same command and --resume", file=sys.stderr)
         sys.exit(128 + stopped)
     if not config.no_eval:  # in place of this process, so that all its memory is free
-        sys.stdout.flush()
-        script = str(Path(__file__).with_name("eval.py"))
+        script = Path(__file__).with_name("eval.py")
         command = [sys.executable, script, "run", config.out_dir, "--device", config.device]
         os.execv(sys.executable, command)
 

@@ -4,29 +4,35 @@ import json
 import multiprocessing
 import os
 import socket
+import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing import start_processes
 
 import data
 import train
 
 pytestmark = pytest.mark.skipif(torch.__version__ < "2.8", reason="FSDP2 on CPUs: torch 2.8")
 RUNS = {"llama": {}, "t5": {"arch": "t5"}, "adamw": {"optimizer": "adamw"}}
-WAYS = {
-    "fsdp": {},
-    "ddp": {"parallel": "ddp"},
-    "recomputed": {"checkpoint_activations": True, "micro_batch": 2},
+TOGETHER = {
+    "fsdp": ("llama", {}),
+    "ddp": ("llama", {"parallel": "ddp"}),
+    "recomputed": ("llama", {"checkpoint_activations": True, "micro_batch": 2}),
+    "t5": ("t5", {"micro_batch": 2}),
+    "t5-ddp": ("t5", {"parallel": "ddp", "checkpoint_activations": True}),
+    "adamw": ("adamw", {}),
 }
+PATIENCE = 1800  # seconds that processes may take together; here they take a few
 
 
 def config(folder, run, out, **changes):
     settings = {"data": str(folder), "out_dir": str(out), "n_gist": 2, "device": "cpu"}
     settings |= {"d_model": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 400}
-    settings |= {"batch_size": 7, "max_steps": 20, "save_every": 10}
+    settings |= {"batch_size": 7, "max_steps": 10, "save_every": 5}
     return train.Config(**settings | RUNS[run] | changes)
 
 
@@ -48,17 +54,17 @@ def free_ports(n):
 def together(world, calls):
     """Let `world` processes make calls of function(*arguments), one after the other."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "torch._dynamo", "matplotlib.figure"])
-    ports = free_ports(len(calls))
-    arguments = [(rank, world, ports, calls) for rank in range(world)]
-    processes = [context.Process(target=work, args=a) for a in arguments]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=200)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0] * world
+    preload = ["train", "torch._dynamo", "matplotlib.figure"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
+    arguments = (world, free_ports(len(calls)), calls)
+    context = start_processes(work, arguments, world, join=False, start_method="forkserver")
+    deadline = time.monotonic() + PATIENCE
+    try:  # join raises the error of the process that failed first
+        while not context.join(timeout=10):
+            assert time.monotonic() < deadline, "the processes wait for each other"
+    finally:
+        for process in context.processes:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +91,7 @@ def losses(out):
 
 
 def check(out, alone):
-    assert losses(out).shape == (20,)
+    assert losses(out).shape == (10,)
     assert (losses(out) - losses(alone)).abs()[:5].max() < 1e-6
     assert (losses(out) - losses(alone)).abs().max() < 1e-4  # rounding grows
     model, expected = data.load_model(out)[0], data.load_model(alone)[0]
@@ -94,9 +100,9 @@ def check(out, alone):
 
 
 def first_half(config):
-    """Ten steps, of a run that is to have twenty."""
+    """Five steps, of a run that is to have ten."""
     batches = train.batches
-    train.batches = lambda *arguments: islice(batches(*arguments), 10)
+    train.batches = lambda *arguments: islice(batches(*arguments), 5)
     train.train(config)
     train.batches = batches
 
@@ -140,7 +146,7 @@ def count_reductions(config):
         assert counts[0] == counts[1] > 0
 
 
-def fail(config):
+def fail():
     """An error in the training leaves no process group behind."""
     try:
         with train.processes("cpu"):
@@ -149,15 +155,18 @@ def fail(config):
         assert not torch.distributed.is_initialized()
 
 
-def share_the_work(config):
+def share_the_work():
     """Matrices in parts are orthogonalized as whole ones are, each in one process only."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    def local(x):
+        return x.to_local() if isinstance(x, DTensor) else x
 
     with train.processes("cpu"):
         _, world = train.rank_and_world()
         done, orthogonalize = [], train.orthogonalize
-        train.orthogonalize = lambda x: done.append(len(x)) or orthogonalize(x)
+        train.orthogonalize = lambda x: done.append(len(local(x))) or orthogonalize(x)
         for sizes in ((1, world), (world, 1)):
             mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("copies", "parts"))
             for n in (1, 3, 4):
@@ -173,36 +182,30 @@ def share_the_work(config):
 
 def test_two_processes_train_as_one_and_one_goes_on(folder, alone, tmp_path):
     calls = []
-    for run in RUNS:
-        for way, changes in WAYS.items():
-            out = tmp_path / f"{run}-{way}"
-            calls.append((train.train, config(folder, run, out, **changes)))
-        calls.append((first_half, config(folder, run, tmp_path / f"{run}-half")))
-    together(2, calls)
-    for run in RUNS:
-        resumed(config(folder, run, tmp_path / f"{run}-half"))
-        for way in [*WAYS, "half"]:
-            check(tmp_path / f"{run}-{way}", alone / run)
+    for way, (run, changes) in TOGETHER.items():
+        calls.append((train.train, config(folder, run, tmp_path / way, **changes)))
+    half = config(folder, "llama", tmp_path / "half")
+    together(2, [*calls, (first_half, half)])
+    resumed(half)
+    check(tmp_path / "half", alone / "llama")
+    for way, (run, _) in TOGETHER.items():
+        check(tmp_path / way, alone / run)
 
 
 def test_four_processes_train_as_one_and_go_on_with_what_two_or_one_began(folder, alone, tmp_path):
-    halves = {run: config(folder, run, tmp_path / f"{run}-half") for run in RUNS}
-    singles = {run: config(folder, run, tmp_path / f"{run}-single") for run in RUNS}
-    together(2, [(first_half, halves[run]) for run in RUNS])
-    for run in RUNS:
-        first_half(singles[run])
-    calls = [(train.train, config(folder, run, tmp_path / f"{run}-new")) for run in RUNS]
-    calls += [(resumed, halves[run]) for run in RUNS]
-    calls += [(resumed, replace(singles[run], parallel="ddp")) for run in RUNS]
+    new, half, single = (config(folder, run, tmp_path / run) for run in RUNS)
+    together(2, [(first_half, half)])
+    first_half(single)
+    calls = [(train.train, new), (resumed, half), (resumed, replace(single, parallel="ddp"))]
     together(4, calls)
     for run in RUNS:
-        for way in ("new", "half", "single"):
-            check(tmp_path / f"{run}-{way}", alone / run)
+        check(tmp_path / run, alone / run)
 
 
-@pytest.mark.parametrize("function", [count_parts, count_reductions, share_the_work, fail])
-def test_two_processes_share(function, folder, tmp_path):
-    together(2, [(function, config(folder, run, tmp_path)) for run in RUNS])
+def test_two_processes_share_weights_optimizer_state_and_work(folder, tmp_path):
+    runs = [config(folder, run, tmp_path, max_steps=2) for run in RUNS]
+    calls = [(function, run) for function in (count_parts, count_reductions) for run in runs]
+    together(2, [*calls, (share_the_work,), (fail,)])
 
 
 def test_a_stopped_process_stops_all_of_them_after_the_same_step(folder, alone, tmp_path):

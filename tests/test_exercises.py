@@ -20,6 +20,7 @@ from t5 import T5, T5Config
 from exercises import (  # isort: skip
     accumulating_gists,
     cartridge,
+    gist_library,
     gist_pretraining,
     live_table,
     long_prompts,
@@ -366,3 +367,47 @@ def test_draw_masks_writes_a_picture(n_gist, tmp_path):
     picture = tmp_path / "masks.png"
     assert f"wrote {picture}" in run("draw_masks", "--n_gist", n_gist, "--out", picture)
     assert picture.read_bytes().startswith(b"\x89PNG") and list(tmp_path.iterdir()) == [picture]
+
+
+# ---- Gists in files ----
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_a_gist_comes_back_from_its_file_in_any_dtype(arch, tmp_path):
+    model, file = small(arch, 30), tmp_path / "a.gist"
+    gist = eval.compress_prompts(model, torch.tensor([[3, 4, 5, G], [6, 7, 8, G]]), None, G)
+    gist_library.save_gist(file, gist, model, "Say é.")
+    again, instruction = gist_library.load_gist(file, model)
+    assert instruction == "Say é."
+    for name, value in vars(gist).items():
+        assert torch.equal(value, vars(again)[name])
+    again, _ = gist_library.load_gist(file, model.bfloat16())
+    assert again.keys.dtype == again.values.dtype == torch.bfloat16
+    model.generate(torch.tensor([[3], [4]]), cache=again, max_new_tokens=2)
+    gist_library.save_gist(file, again, model, "Say é.")
+    assert gist_library.load_gist(file, model.float())[0].keys.dtype == torch.float32
+
+
+def test_a_gist_of_another_model_and_half_a_file_are_refused(tmp_path):
+    model, file = small("llama", 30), tmp_path / "a.gist"
+    gist_library.save_gist(file, model.compress(torch.tensor([[5, 6, 7]])), model, "Say a.")
+    with torch.no_grad():
+        model.layers[1].attention.wq.weight[0, 0] += 1
+    with pytest.raises(data.DataError, match="a.gist: a gist of another model"):
+        gist_library.load_gist(file, model)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(data.DataError, match="a.gist: .*--instruction"):
+        gist_library.load_gist(file, model)
+
+
+def test_gist_library_answers_from_the_file_as_from_the_prompt(make_run, tokenizer, tmp_path):
+    folder, file = make_run("llama"), tmp_path / "lamp.gist"
+    text = "Put lamp at the front."
+    made = run("gist_library", folder, file, "--instruction", text, "--input", "fox cup")
+    used = run("gist_library", folder, file, "--input", "fox cup")
+    assert made.splitlines()[1:] == used.splitlines() and text in used
+    model, tokenizer, config = eval.open_run(str(folder))
+    record = {"instruction": text, "input": "fox cup", "output": ""}
+    e = data.layout(record, tokenizer, config["n_gist"], config["arch"])
+    answers = eval.answer(model, tokenizer, [e], config["condition"], 64)
+    assert used.splitlines()[1] == f"fox cup -> {answers[0]}".rstrip()

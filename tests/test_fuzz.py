@@ -13,6 +13,8 @@ import pytest
 import torch
 
 import data
+
+from exercises import gist_library  # isort: skip
 from model import Llama, LlamaConfig
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -117,8 +119,8 @@ def run(tmp_path_factory):
     model = Llama(LlamaConfig(vocab_size=tokenizer.vocab_size, **shape))
     model.init_weights()
     data.save_model(out, model, tokenizer, {"condition": "gist", "n_gist": 1, "arch": "llama"})
-    cache = model.compress(torch.tensor([[5, 6, tokenizer.gist_id]]))
-    data.save_cache(out / "lamp.gist", cache, model, 1, "lamp")
+    gist = model.compress(torch.tensor([[5, 6, tokenizer.gist_id]]))
+    gist_library.save_gist(out / "lamp.gist", gist, model, "lamp")
     (out / "a_train.json").write_text(json.dumps(records))
     (out / "b_train.jsonl").write_text("\n".join(map(json.dumps, records)))
     return out
@@ -131,5 +133,5 @@ def test_mutated_runs(read, run, tmp_path):
 
 def test_mutated_gists(run, tmp_path):
     model, _ = data.load_model(run)
-    read = lambda folder: data.load_cache(folder / "lamp.gist", model, 1)  # noqa: E731
+    read = lambda folder: gist_library.load_gist(folder / "lamp.gist", model)  # noqa: E731
     assert fuzz(run, tmp_path / "mutated", read, seed=3) > 3

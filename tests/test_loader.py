@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import data
-from model import Cache, Llama, LlamaConfig, rotate
+from model import Llama, LlamaConfig, rotate
 from t5 import T5, T5Config
 
 ROOT = Path(data.__file__).parent
@@ -304,42 +304,6 @@ def test_the_gist_tokens_rows_are_the_mean_of_the_others(make, config, tied, gis
     tokens = torch.tensor([[3, gist_id, 4]])
     logits = model(*[tokens] * (2 if make is T5 else 1))
     assert logits.shape[-1] == model.config.vocab_size
-
-
-# ---- A compressed prompt in a file ----
-
-
-def tiny(dtype=torch.float32):
-    torch.manual_seed(0)
-    model = Llama(LlamaConfig(vocab_size=20, d_model=16, n_layers=2, n_heads=1, n_kv_heads=1))
-    model.init_weights()
-    return model.to(dtype)
-
-
-@pytest.mark.parametrize("saved, loaded", [("float32", "bfloat16"), ("bfloat16", "float32")])
-def test_a_gist_fits_the_same_model_in_another_dtype(saved, loaded, tmp_path):
-    model, other = tiny(getattr(torch, saved)), tiny(getattr(torch, loaded))
-    cache = model.compress(torch.tensor([[5, 6, 7]]))
-    data.save_cache(tmp_path / "a.gist", cache, model, 1, "Say a.")
-    again, instruction = data.load_cache(tmp_path / "a.gist", other, 1)
-    assert instruction == "Say a." and isinstance(again, Cache)
-    assert again.keys.dtype == again.values.dtype == other.norm.weight.dtype
-    torch.testing.assert_close(again.keys, cache.keys.to(again.keys.dtype))
-    other.generate(torch.tensor([[3]]), cache=again, max_new_tokens=2)
-
-
-def test_a_gist_of_another_model_or_number_is_refused(tmp_path):
-    model, file = tiny(), tmp_path / "a.gist"
-    data.save_cache(file, model.compress(torch.tensor([[5, 6, 7]])), model, 1, "Say a.")
-    with pytest.raises(data.DataError, match="another model.* 2 gist tokens"):
-        data.load_cache(file, model, 2)
-    with torch.no_grad():
-        model.layers[1].attention.wq.weight[0, 0] += 1
-    with pytest.raises(data.DataError, match="a.gist: a gist of another model"):
-        data.load_cache(file, model, 1)
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(data.DataError, match="a.gist: .*compress --save"):
-        data.load_cache(file, model, 1)
 
 
 # ---- Broken and hostile files ----

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import data
+import eval as evaluation
 import gist_mask
 import train
 
@@ -143,15 +144,16 @@ def test_every_flag_has_an_explanation(monkeypatch, capsys):
 def test_data_without_validation_files_trains_all_the_same(folder, tmp_path):
     record = (folder / "a_train.json").read_text().splitlines()[0]
     (tmp_path / "train.json").write_text(record)  # one example, too
-    flags = ["--data", tmp_path, "--out_dir", tmp_path / "run", "--max_steps", 1]
-    done = command(*SMALL, *flags)
-    assert done.returncode == 0, done.stderr
+    out = tmp_path / "run"
+    train.train(small(tmp_path, out_dir=str(out), max_steps=1))
+    evaluation.run([str(out)], device="cpu")
+    assert len(losses(out)) == 1
 
 
 def test_no_steps_leave_a_model_that_can_be_evaluated(folder, tmp_path):
     out = tmp_path / "none"
-    done = command(*SMALL, "--data", folder, "--out_dir", out, "--max_steps", 0)
-    assert done.returncode == 0, done.stderr
+    train.train(small(folder, out_dir=str(out), max_steps=0))
+    evaluation.run([str(out)], device="cpu")
     assert json.loads((out / "metrics.json").read_text())["steps"] == 0
 
 
@@ -170,9 +172,8 @@ def test_a_model_is_tuned_from_a_checkpoint(arch, folder, tmp_path):
 
 
 def test_instructions_are_cut_down_to_keywords(folder, tmp_path):
-    flags = ["--condition", "pos_control", "--n_gist", "0", "--tfidf", "1", "--max_steps", "1"]
-    done = command(*SMALL, "--data", folder, "--out_dir", tmp_path / "run", *flags, "--no_eval")
-    assert done.returncode == 0, done.stderr
+    shortened = {"condition": "pos_control", "n_gist": 0, "tfidf": 1, "max_steps": 1}
+    train.train(small(folder, out_dir=str(tmp_path / "run"), **shortened))
     assert data.read_config(tmp_path / "run")["gisting"]["tfidf"] == 1
 
 
@@ -333,15 +334,15 @@ def test_a_table_that_hides_something_needs_gist_tokens(condition):
             train.fill_in(config)
 
 
-@pytest.mark.parametrize("args", [["--lr", "1e6"], ["--lr", "1e5", "--weight_decay", "1e6"]])
+@pytest.mark.parametrize("changes", [{"lr": 1e6}, {"lr": 1e5, "weight_decay": 1e6}], ids=str)
 def test_a_huge_learning_rate_ends_in_one_line_and_writes_no_weights_that_are_not_finite(
-    args, folder, tmp_path
+    changes, folder, tmp_path
 ):
-    flags = ["--optimizer", "adamw", "--warmup", "0", "--save_every", "1", "--max_steps", "200"]
-    flags += ["--no_eval", "--out_dir", tmp_path / "run", *args]
-    done = command(*SMALL, "--data", folder, *flags)
-    assert done.returncode == 2 and "--lr" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr and not (tmp_path / "run" / "model.safetensors").exists()
+    settings = {"optimizer": "adamw", "warmup": 0.0, "save_every": 1, "max_steps": 200}
+    config = small(folder, out_dir=str(tmp_path), **settings | changes)
+    with pytest.raises(data.DataError, match="^[^\n]*--lr$"):
+        train.train(config)
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("what", ["loss", "weights"])
@@ -389,7 +390,7 @@ def contents(out):
     return {f.relative_to(out): f.read_bytes() for f in Path(out).rglob("*") if f.is_file()}
 
 
-def test_an_out_dir_with_another_run_is_left_alone(run, folder):
+def test_an_out_dir_with_another_run_is_left_alone(run, folder, monkeypatch):
     out, _ = run
     before = contents(out)
     config = small(folder, out_dir=str(out))
@@ -400,8 +401,11 @@ def test_an_out_dir_with_another_run_is_left_alone(run, folder):
         with pytest.raises(data.DataError, match="--init_from"):
             train.train(same)
     for flags in (["--warmup", "nan"], ["--data", "nowhere"], ["--max_length", "3"]):
-        done = command(*SMALL, "--data", folder, "--out_dir", out, "--overwrite", *flags)
-        assert done.returncode == 2, "a mistake, and the old run is deleted"
+        argv = [*SMALL, "--data", str(folder), "--out_dir", str(out), "--overwrite", *flags]
+        monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+        with pytest.raises(SystemExit) as stop:
+            data.run(train.main)
+        assert stop.value.code == 2, "a mistake, and the old run is deleted"
     assert contents(out) == before
 
 
