@@ -246,7 +246,7 @@ def orthogonalize_shared(x: Tensor) -> Tensor:
     """
     if not isinstance(x, DTensor):
         return orthogonalize(x)
-    by_matrix = x.redistribute(placements=[Shard(0)] * x.device_mesh.ndim)
+    by_matrix = x.redistribute(placements=[Shard(0)])
     return orthogonalize(by_matrix).redistribute(placements=x.placements)
 
 
@@ -263,11 +263,10 @@ def orthogonalize(x: Tensor) -> Tensor:
     """Move all singular values of x (..., m, n) close to 1, by Newton-Schulz steps."""
     if x.shape[-2] > x.shape[-1]:
         return orthogonalize(x.mT).mT
-    for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
+    bound = (x @ x.mT).norm(dim=(-2, -1), keepdim=True).sqrt()  # on the largest singular value
+    x = x / (bound + 1e-15)
+    for a, b, c in NEWTON_SCHULZ:
         xx = x @ x.mT
-        if step == 0:  # no singular value is larger than the root of this norm
-            norm = xx.norm(dim=(-2, -1), keepdim=True) + 1e-30
-            x, xx = x / norm.sqrt(), xx / norm
         x = a * x + (b * xx + c * xx @ xx) @ x
     return x
 
@@ -347,14 +346,11 @@ def prepare(model, config):
 def shard(model, layers, config):
     """Leave every process its part of every weight, in fp32: FSDP2.
 
-    A layer's whole weights are there only while it computes. --parallel ddp is the same with N
-    copies in one part each: every process keeps all, and only gradients are exchanged. With
-    bfloat16 a layer's weights travel as bf16; gradients are summed in fp32.
+    A layer's whole weights are there only while it computes. With bfloat16 they travel as bf16;
+    gradients are summed in fp32.
     """
     _, world = rank_and_world()
-    sizes = (1, world) if config.parallel == "fsdp" else (world, 1)
-    device = torch.device(config.device).type
-    mesh = dist.init_device_mesh(device, sizes, mesh_dim_names=("copies", "parts"))
+    mesh = dist.init_device_mesh(torch.device(config.device).type, (world,))
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
     policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     split = partial(fully_shard, mesh=mesh, mp_policy=policy)
@@ -419,7 +415,7 @@ LOG = "train_log.jsonl"  # where this is, there is a run
 FILES = ("checkpoint-*", "config.json", "model.safetensors", "tokenizer.*", "spiece.model",
          "loss.png", "metrics.json", "outputs-*.csv")
 PROGRESS = ("steps", "seconds")
-MAY_CHANGE = ("resume", "overwrite", "out_dir", "no_eval", "save_every", "device", "parallel",
+MAY_CHANGE = ("resume", "overwrite", "out_dir", "no_eval", "save_every", "device",
               "micro_batch", "checkpoint_activations", "compile")  # when a run is resumed
 METADATA = ("Metadata", "MetadataIndex", "StorageMeta", "_StorageInfo", "TensorStorageMetadata",
             "ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "_get_layout",
@@ -606,7 +602,6 @@ class Config:
 
     device: str | None = None  # cuda, mps or cpu (the first of these that is there)
     dtype: str | None = None  # of matrix products (bfloat16 on cuda, else float32)
-    parallel: str = "fsdp"  # torchrun: a part of weights and state in every process, or ddp: all
     checkpoint_activations: bool = False  # less memory, a third more time
     compile: bool = False  # compile the layers: a slow start, then faster steps
     save_every: int = 500  # steps between checkpoints
@@ -619,7 +614,6 @@ CHOICES = {
     "optimizer": ("muon", "adamw"),
     "schedule": ("linear", "cosine", "constant"),
     "dtype": ("float32", "bfloat16"),
-    "parallel": ("fsdp", "ddp"),
 }
 MAY_BE_0 = ("n_gist", "max_steps", "seed")
 AT_MOST = {"beta2": 0.9999, "warmup": 1, "decay": 1}

@@ -66,9 +66,7 @@ def test_drawing_the_loss_leaves_no_figure_open(tmp_path):
     assert pyplot.get_fignums() == before
 
 
-@pytest.mark.parametrize(
-    "name", ["condition", "arch", "optimizer", "schedule", "dtype", "parallel"]
-)
+@pytest.mark.parametrize("name", ["condition", "arch", "optimizer", "schedule", "dtype"])
 def test_a_choice_that_there_is_not_is_refused_from_a_notebook_too(name, tmp_path):
     config = train.Config(**{name: "sgd"}, out_dir=str(tmp_path / "run"), device="cpu")
     with pytest.raises(data.DataError, match=f"--{name} sgd: choose from"):

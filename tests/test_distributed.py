@@ -20,10 +20,8 @@ pytestmark = pytest.mark.skipif(torch.__version__ < "2.8", reason="FSDP2 on CPUs
 RUNS = {"llama": {}, "t5": {"arch": "t5"}, "adamw": {"optimizer": "adamw"}}
 TOGETHER = {
     "fsdp": ("llama", {}),
-    "ddp": ("llama", {"parallel": "ddp"}),
     "recomputed": ("llama", {"checkpoint_activations": True, "micro_batch": 2}),
-    "t5": ("t5", {"micro_batch": 2}),
-    "t5-ddp": ("t5", {"parallel": "ddp", "checkpoint_activations": True}),
+    "t5": ("t5", {"micro_batch": 2, "checkpoint_activations": True}),
     "adamw": ("adamw", {}),
 }
 PATIENCE = 1800  # seconds that processes may take together; here they take a few
@@ -158,7 +156,7 @@ def fail():
 def share_the_work():
     """Matrices in parts are orthogonalized as whole ones are, each in one process only."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
     def local(x):
         return x.to_local() if isinstance(x, DTensor) else x
@@ -167,16 +165,15 @@ def share_the_work():
         _, world = train.rank_and_world()
         done, orthogonalize = [], train.orthogonalize
         train.orthogonalize = lambda x: done.append(len(local(x))) or orthogonalize(x)
-        for sizes in ((1, world), (world, 1)):
-            mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("copies", "parts"))
-            for n in (1, 3, 4):
-                x = torch.randn(n, 6, 4, generator=torch.Generator().manual_seed(n))
-                parts = [distribute_tensor(m, mesh, [Replicate(), Shard(0)]) for m in x]
-                done.clear()
-                result = train.orthogonalize_shared(torch.stack(parts))
-                assert done[0] <= -(-n // world)
-                assert [p.to_local().shape for p in result] == [p.to_local().shape for p in parts]
-                assert (result.full_tensor() - orthogonalize(x)).abs().max() < 1e-5
+        mesh = init_device_mesh("cpu", (world,))
+        for n in (1, 3, 4):
+            x = torch.randn(n, 6, 4, generator=torch.Generator().manual_seed(n))
+            parts = [distribute_tensor(m, mesh, [Shard(0)]) for m in x]
+            done.clear()
+            result = train.orthogonalize_shared(torch.stack(parts))
+            assert done[0] <= -(-n // world)
+            assert [p.to_local().shape for p in result] == [p.to_local().shape for p in parts]
+            assert (result.full_tensor() - orthogonalize(x)).abs().max() < 1e-5
         train.orthogonalize = orthogonalize
 
 
@@ -196,7 +193,7 @@ def test_four_processes_train_as_one_and_go_on_with_what_two_or_one_began(folder
     new, half, single = (config(folder, run, tmp_path / run) for run in RUNS)
     together(2, [(first_half, half)])
     first_half(single)
-    calls = [(train.train, new), (resumed, half), (resumed, replace(single, parallel="ddp"))]
+    calls = [(train.train, new), (resumed, half), (resumed, single)]
     together(4, calls)
     for run in RUNS:
         check(tmp_path / run, alone / run)
