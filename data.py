@@ -84,7 +84,7 @@ def split_of(name):
     return "train" if "train" in name and "validation" not in name else None
 
 
-def read_records(file: Path) -> list[dict]:
+def read_records(file):
     """The records of a JSON array or JSON lines file. Raises DataError, which names a bad one."""
     with reading(file, "correct it"):
         content = file.read_bytes()
@@ -198,7 +198,7 @@ def make_task(rng: random.Random, kind: str) -> Task:
     return Task(text, kind, lambda w: answers(w, a, b, c, n, nth)[kind], (a, b, c))
 
 
-def in_turn(first: Task, second: Task) -> Task:
+def in_turn(first, second):
     """Two steps: the second works on what the first makes of the list."""
     text = f"{first.text[:-1]}, then {second.text[0].lower()}{second.text[1:]}"
     return Task(text, TWO_STEPS, lambda w: second.solve(first.solve(w)), ())
@@ -428,7 +428,7 @@ class SentencePieceTokenizer:
 
     prefix = ""  # SentencePiece puts a space before the text itself
 
-    def __init__(self, model: bytes, extra_ids: int = 0):
+    def __init__(self, model, extra_ids=0):
         self.sp = sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         if sp.eos_id() < 0:
             raise ValueError("it has no token for the end of a text")
@@ -517,7 +517,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     return None
 
 
-def read_tokenizer(file: Path) -> Tokenizer:
+def read_tokenizer(file):
     """SentencePiece (LLaMA 1, 2, T5), or lines of "base64 rank" (LLaMA 3, then 256 special ids)."""
     if file.suffix == ".json":
         return read_tokenizer_json(file)
@@ -530,7 +530,7 @@ def read_tokenizer(file: Path) -> Tokenizer:
     return BPETokenizer(tokens, LLAMA3_PATTERN, n, n + 1, n + 1, n + 256, files)
 
 
-def read_tokenizer_json(file: Path) -> BPETokenizer:
+def read_tokenizer_json(file):
     """Byte-level BPE as the `tokenizers` library writes it. Raises ValueError for other kinds."""
     spec, settings = read_json(file), file.with_name("tokenizer_config.json")
     if spec.get("normalizer"):
@@ -561,7 +561,7 @@ def read_tokenizer_json(file: Path) -> BPETokenizer:
     return BPETokenizer(tokens, pattern, **special, gist_id=gist_id, files=files)
 
 
-def read_pre_tokenizer(spec: dict) -> str:
+def read_pre_tokenizer(spec):
     """The pattern that cuts a text into pieces. Raises ValueError."""
     steps = spec["pretokenizers"] if spec["type"] == "Sequence" else [spec]
     pattern, gpt2_pattern = "", GPT2_PATTERN
@@ -665,7 +665,7 @@ def read_config(path: AnyPath) -> dict:
     )
 
 
-def open_checkpoint(folder: Path) -> Model:
+def open_checkpoint(folder):
     """A directory's model, its weights mapped. Raises DataError if they are not the model's."""
     raw = read_config(folder)
     is_meta = "dim" in raw
@@ -708,12 +708,7 @@ def rename(name, names):
     return names[key].replace(".N.", f".{number}.") + ".weight"
 
 
-def hf_name(name: str, config: LlamaConfig | T5Config) -> str:
-    """Hugging Face's name of a parameter of ours."""
-    return rename(name, config.hf_names)
-
-
-def read_hf(folder: Path) -> Tensors:
+def read_hf(folder):
     """All tensors of a directory in Hugging Face's layout. Raises DataError."""
     for pattern in HF_FILES:
         tensors = {}
@@ -727,7 +722,7 @@ def read_hf(folder: Path) -> Tensors:
     raise DataError(f"{folder}: no weights; expected {' or '.join(HF_FILES)}")
 
 
-def read_safetensors(file: Path) -> Tensors:
+def read_safetensors(file):
     """The tensors of a safetensors file, mapped. Raises what a broken file can.
 
     The file: 8 bytes with the length of a JSON header, the header, the tensors' bytes.
@@ -753,7 +748,7 @@ def unpickle(file: AnyPath) -> dict:
         raise ValueError("holds more than tensors, which could run code: not opened") from None
 
 
-def read_meta(folder: Path, raw: dict) -> Tensors:
+def read_meta(folder, raw):
     """All tensors of a directory in Meta's layout, whose files have a part of each.
 
     Meta rotates neighboring rows of queries and keys; here the two halves of a head are rotated, as
@@ -825,7 +820,7 @@ def save_model(
     dtype_names = {dtype: name for name, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, p in model.named_parameters():
-        header[hf_name(name, model.config)] = {
+        header[rename(name, model.config.hf_names)] = {
             "dtype": dtype_names[p.dtype],
             "shape": list(p.shape),
             "data_offsets": [end, end + p.nbytes],
@@ -862,7 +857,7 @@ def save_config(
 
 
 @contextmanager
-def replacing(file: Path):
+def replacing(file):
     """Write a file under a temporary name, flush it to the disk, and rename it.
 
     There is never half a file, and the old one stays until the new one is whole.
@@ -901,7 +896,7 @@ class DataError(Exception):
 
 
 @contextmanager
-def reading(file: AnyPath, remedy: str = "download it again"):
+def reading(file, remedy="download it again"):
     """Turn whatever a broken file can raise into one line: the file, what is wrong, the remedy."""
     try:
         yield
@@ -911,7 +906,7 @@ def reading(file: AnyPath, remedy: str = "download it again"):
         raise DataError(f"{file}: {one_line(error)}; {remedy}") from None
 
 
-def one_line(error: Exception) -> str:
+def one_line(error):
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, KeyError):
@@ -919,7 +914,7 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:250] or type(error).__name__
 
 
-def run(main: Callable) -> None:
+def run(main):
     """Run a script's main function.
 
     Bad input, and files that cannot be read or written, end it with one line and exit status 2.
@@ -989,18 +984,18 @@ def find_device(name: str | None = None) -> str:
 # ---- One record on its way ----
 
 
-def main() -> None:
+def main():
     """Print the tokens of a record, and what the mask, the model and the loss get of them."""
     from gist_mask import positions, segments
 
     records = builtin(5000, 1)["train"]
     tokenizer = train_tokenizer(records, 1200)
-    example = min([layout(record, tokenizer, n_gist=1) for record in records], key=len)
+    example = layout(records[0], tokenizer, n_gist=1)
     tokens, _, targets = collate([example], tokenizer.pad_id).values()  # (1, T)
-    segment = segments(tokens, tokenizer.gist_id)
-    position = positions(tokens, tokenizer.gist_id)
+    place = (tokens, tokenizer.gist_id)
+    columns = torch.cat([tokens, segments(*place), positions(*place), targets])  # (4, T)
     print(json.dumps(example.record), "\n  id  segment  position  target  piece")
-    for row in torch.cat([tokens, segment, position, targets]).T.tolist():
+    for row in columns.T.tolist():
         print("{:4} {:8} {:9} {:7} ".format(*row), repr(tokenizer.decode(row[:1])))
 
 

@@ -133,7 +133,7 @@ def mask_of(model):
     return gist_mask.encoder_mask if isinstance(model, T5) else gist_mask.decoder_mask
 
 
-def pad_left(rows, model, tokenizer) -> list[Tensor]:
+def pad_left(rows, model, tokenizer):
     """Tokens (B, T) int64 and their attention mask (B, T) bool, on the model's device."""
     padded = data.pad(rows, tokenizer.pad_id, left=True)
     return [x.to(model.embedding.weight.device) for x in padded]
@@ -283,10 +283,14 @@ def open_run(
 def score(pairs: list[tuple[str, str]]) -> dict[str, float]:
     """Mean scores of (answer, reference) pairs, as fractions, and their number n.
 
-    Another metric is another entry of a row. Exact match is up to white space at the ends.
+    Another metric is another entry of a row. Exact match is up to white space at the ends; what
+    always giving the commonest reference would reach is `commonest`.
     """
     rows = [{"exact_match": float(a.strip() == b.strip())} | rouge(a, b) for a, b in pairs]
-    return {"n": len(rows)} | {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    n = len(rows)
+    scores = {key: sum(row[key] for row in rows) / n for key in rows[0]}
+    commonest = max(Counter(reference for _, reference in pairs).values())
+    return {"n": n} | scores | {"commonest": commonest / n}
 
 
 def print_table(rows: dict[str, dict]) -> None:
@@ -308,7 +312,7 @@ def print_table(rows: dict[str, dict]) -> None:
 COLUMNS = ("x", "y_pred", "y_true")  # question, answer, reference
 
 
-def write_outputs(file: Path, records: list[dict], answers: list[str]) -> None:
+def write_outputs(file, records, answers):
     rows = [COLUMNS]
     for record, prediction in zip(records, answers):
         question = f"Instruction: {record['instruction']}"
@@ -334,7 +338,7 @@ def read_outputs(file: str) -> list[dict[str, str]]:
     return rows
 
 
-def read_pairs(file_a: str, file_b: str) -> list[tuple[dict, dict]]:
+def read_pairs(file_a, file_b):
     """The rows of two outputs files, side by side. Raises data.DataError."""
     a = read_outputs(file_a)
     b = read_outputs(file_b)
@@ -389,7 +393,7 @@ def f_measure(overlap, both):
     return 2 * overlap / both if overlap else 0.0
 
 
-def lcs_length(a: list[str], b: list[str]) -> int:
+def lcs_length(a, b):
     """L[i, j] = L[i-1, j-1] + 1 if a[i] == b[j] else max(L[i-1, j], L[i, j-1]), row by row."""
     row = [0] * (len(b) + 1)
     for x in a:
@@ -400,7 +404,7 @@ def lcs_length(a: list[str], b: list[str]) -> int:
     return row[-1]
 
 
-def stems(text: str) -> list[str]:
+def stems(text):
     """The stems of the runs of a-z and 0-9; rouge-score leaves those of up to three letters."""
     words = re.findall("[a-z0-9]+", text.lower())
     return [porter_stem(word) if len(word) > 3 else word for word in words]
@@ -412,7 +416,7 @@ def rules(text):
 
 
 @functools.cache
-def porter_stem(word: str) -> str:
+def porter_stem(word):
     """Cut the English endings off a lower-case word: "relational" and "relate" become "relat".
 
     Porter's "An algorithm for suffix stripping" (1980), with the departures of NLTK's default: the
@@ -538,7 +542,7 @@ def compress(
             print(name, texts[0])
 
 
-def compress_instruction(instruction, model, tokenizer, config) -> tuple[Tensor, Cache]:
+def compress_instruction(instruction, model, tokenizer, config):
     """Its tokens with the gist tokens, (1, P) int64, and its gist. Raises data.DataError."""
     record = {"instruction": instruction, "input": "", "output": ""}
     prompt = data.layout(record, tokenizer, config["n_gist"], config["arch"]).prompt
@@ -556,55 +560,43 @@ def compress_instruction(instruction, model, tokenizer, config) -> tuple[Tensor,
 
 
 def plot(
-    results: list[str], *, kind: str = "bars", metric: str = "rougeL", out: str = "results.png"
+    runs: list[str], *, kind: str = "bars", metric: str = "rougeL", out: str = "results.png"
 ) -> None:
-    """Draw results of runs into one picture, or win rates of judgments files.
+    """Draw the results of runs side by side.
 
-    kind: bars by split (the paper's figure) or by families of instructions, lines over n_gist, the
-    training loss, or winrates. metric: one of metrics.json. out: the picture.
+    kind: bars by split (the paper's figure) or by families of instructions, with a line for what
+    the commonest answer would score; or the training loss. metric: one of metrics.json. out: the
+    picture.
     """
     if kind == "loss":
-        draw_losses(results, out)
+        draw_losses(runs, out)
         return
-    drawn = {}  # label -> points
-    for path in results:
-        for label, x, percent in read_points(path, kind, metric):
-            drawn.setdefault(label, []).append((x, percent))
     figure, ax = data.new_figure(14 if kind == "families" else 8, 5)
-    for i, (label, points) in enumerate(drawn.items()):
-        if kind in ("n_gist", "winrates"):
-            ax.plot(*zip(*sorted(points)), "o-", label=label)
-        else:
-            names, heights = zip(*points)
-            width = 0.8 / len(drawn)
-            places = [place + i * width for place in range(len(names))]
-            ax.bar(places, heights, width, align="edge", label=label)
-            ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    metric = "win rate" if kind == "winrates" else metric
-    ax.set(xlabel="n_gist" if kind == "n_gist" else "", ylabel=f"{metric}, %", ylim=(0, 100))
+    width = 0.8 / len(runs)
+    for i, path in enumerate(runs):
+        groups = read_groups(path, kind == "families")
+        places = [place + i * width for place in range(len(groups))]
+        with data.reading(f"--metric {metric}", "choose one of metrics.json"):
+            heights = [100 * group[metric] for group in groups.values()]
+        ax.bar(places, heights, width, align="edge", label=path)
+        if kind == "families":
+            guesses = [100 * group["commonest"] for group in groups.values()]
+            ax.hlines(guesses, places, [place + width for place in places], "black", "dotted")
+    names = [f"{name} ({group['n']})" for name, group in groups.items()]
+    ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    ax.set(ylabel=f"{metric}, %", ylim=(0, 100))
     figure.legend(loc="outside upper center", ncols=2, fontsize="small")
     data.save_figure(figure, out)
 
 
-def read_points(path, kind, metric):
-    """(label, x, percent) of every point that a run or a judgments file has in the picture."""
-    points = []
-    if kind == "winrates":  # the ends of the interval, too
-        for name, row in winrates_of(path).items():
-            points += [(name, name, 100 * row[key]) for key in ("low", "rate", "high")]
-        return points
+def read_groups(path, by_family):
+    """The scores of a run's splits, or of its families of unseen instructions."""
     file = Path(path) / "metrics.json"
     with data.reading(file, f"draw something else, or first: python eval.py run {path}"):
-        m = json.loads(file.read_bytes())
-        groups = {split: m[split] for split in data.SPLITS if split in m}
-        if kind == "families":
-            groups = m["unseen"]["families"]
-        for name, group in groups.items():
-            label, x = path, f"{name} ({group['n']})"
-            if kind == "n_gist":
-                label, x = f"{m['arch']} {m['condition']}, {name}", m["n_gist"]
-            points.append((label, x, 100 * group[metric]))
-    return points
+        metrics = json.loads(file.read_bytes())
+        if by_family:
+            return metrics["unseen"]["families"]
+        return {split: metrics[split] for split in data.SPLITS if split in metrics}
 
 
 # ---- eval.py judge ----
@@ -677,7 +669,7 @@ def earlier_judgments(file, new, pairs):
     return old
 
 
-def ask_together(url, model, timeout, pairs) -> tuple[list[dict], Exception | None]:
+def ask_together(url, model, timeout, pairs):
     """The verdicts that come in time, and what went wrong with the last of the others."""
     pool = ThreadPool(len(pairs))  # a new one: a request that is late keeps its thread
     replies = [pool.apply_async(ask_for_verdict, (url, model, timeout, pair)) for pair in pairs]
@@ -691,7 +683,7 @@ def ask_together(url, model, timeout, pairs) -> tuple[list[dict], Exception | No
     return verdicts, error
 
 
-def ask_for_verdict(url, model, timeout, pair) -> dict:
+def ask_for_verdict(url, model, timeout, pair):
     """The pair with a verdict. The answers are shown in random order. Raises what went wrong."""
     first, second = random.Random(f"{pair['row']} {pair['x']}").sample("ba", 2)
     question = TASK.format(pair["x"], pair[first], pair[second])
@@ -729,7 +721,7 @@ def is_final(error):
 # ---- eval.py winrate ----
 
 
-def read_judgments(file: str) -> dict:
+def read_judgments(file):
     """Judgments of ours, or of the paper, whose results have no row. Raises what is wrong."""
     judgments = json.loads(Path(file).read_bytes())
     rows = [r["row"] for r in judgments["results"] if "row" in r]
@@ -791,7 +783,7 @@ KINDS = {  # what argparse is to do for a parameter's type, and for some paramet
     "float": {"type": data.at_least(0.001, float, 86_400)},
     "condition": {"choices": gist_mask.TABLE},
     "dtype": {"choices": ("float32", "bfloat16")},
-    "kind": {"choices": ("bars", "families", "n_gist", "loss", "winrates")},
+    "kind": {"choices": ("bars", "families", "loss")},
 }
 
 
@@ -820,7 +812,7 @@ def make_parser(description: str, commands: dict[str, list]) -> argparse.Argumen
     return parser
 
 
-def main() -> None:
+def main():
     options = vars(make_parser("Answer, score and compare.", COMMANDS).parse_args())
     options.pop("function")(**options)
 

@@ -22,7 +22,6 @@ V vocabulary, L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,13 +30,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 IGNORE_INDEX = -100  # a target that is no label
-KeysValues = tuple[Tensor, Tensor]  # of one layer, two of (B, S, H, K)
 
 
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight, with rms(x) in fp32. Zhang & Sennrich 2019."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         normed = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
         return normed.type_as(x) * self.weight
 
@@ -59,7 +57,7 @@ def rope_frequencies(config: LlamaConfig, device: torch.device | None = None) ->
     return freqs * (keep + (1 - keep) / scaling["factor"])
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x, cos, sin):
     """Turn every pair (x[i], x[i + K/2]) by its angle. Su et al. 2021.
 
     x: (B, T, H, K); cos, sin: (B, T, 1, K/2) fp32.
@@ -71,7 +69,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """softmax(q k' / sqrt(K)) v, with rotary positions and grouped key-value heads."""
 
-    def __init__(self, c: LlamaConfig):
+    def __init__(self, c):
         super().__init__()
         self.head_dim = c.head_dim
         width, kv_width = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
@@ -80,20 +78,17 @@ class Attention(nn.Module):
         self.wv = Linear(c.d_model, kv_width)
         self.wo = Linear(width, c.d_model)
 
-    def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    def queries_keys_values(self, x, cos, sin):
         """x: (B, T, D). Returns (B, T, H, K), and two of (B, T, H_kv, K)."""
         projected = (self.wq(x), self.wk(x), self.wv(x))
         q, k, v = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projected)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        past: KeysValues | None,
-    ) -> Tensor:
+    def forward(self, x, mask, cos, sin, past):
+        """x: (B, T, D); mask: (B or 1, 1, T, S) bool; cos, sin: as in `rotate`. Returns (B, T, D).
+
+        past: keys and values of this layer, two of (B, S, H_kv, K), for `append`; or None.
+        """
         q, k, v = self.queries_keys_values(x, cos, sin)
         if past is not None:
             end = mask.shape[-1]  # the mask is as wide as all columns, the new ones last
@@ -111,34 +106,28 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x). Shazeer 2020."""
 
-    def __init__(self, c: LlamaConfig):
+    def __init__(self, c):
         super().__init__()
         self.w1 = Linear(c.d_model, c.d_ff)
         self.w2 = Linear(c.d_ff, c.d_model)
         self.w3 = Linear(c.d_model, c.d_ff)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class Block(nn.Module):
     """One layer: attention, then feed-forward, each behind a norm and beside a residual path."""
 
-    def __init__(self, c: LlamaConfig):
+    def __init__(self, c):
         super().__init__()
         self.attention_norm = RMSNorm(c.d_model, c.norm_eps)
         self.attention = Attention(c)
         self.ffn_norm = RMSNorm(c.d_model, c.norm_eps)
         self.feed_forward = FeedForward(c)
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        past: KeysValues | None,
-    ) -> Tensor:
+    def forward(self, x, mask, cos, sin, past):
+        """Arguments and result: those of `Attention.forward`."""
         x = x + self.attention(self.attention_norm(x), mask, cos, sin, past)
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -181,19 +170,13 @@ class Llama(nn.Module):
                 heads = like.unflatten(0, (-1, self.config.head_dim))  # (H_kv, K, D)
                 of_heads.copy_(heads.repeat_interleave(group, dim=0).flatten(0, 1))
 
-    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def angles(self, positions):
         """cos and sin of the rotary angles, two of (B, T, 1, K/2). positions: (B, T) int64."""
         frequencies = rope_frequencies(self.config, positions.device)  # (K/2,)
         angle = positions[:, :, None, None] * frequencies
         return angle.cos(), angle.sin()
 
-    def hidden(
-        self,
-        tokens: Tensor,
-        mask: Tensor,
-        positions: Tensor,
-        past: list[KeysValues] | None = None,
-    ) -> Tensor:
+    def hidden(self, tokens, mask, positions, past=None):
         """The last layer's output after the final norm, (B, T, D).
 
         tokens, mask, positions: as in `forward`. past: for every layer, keys and values with room
@@ -228,13 +211,7 @@ class Llama(nn.Module):
         past = cache.with_room(tokens.shape[1])
         return self.logits(self.hidden(tokens, mask, positions, past))
 
-    def fill_in(
-        self,
-        attention_mask: Tensor,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> tuple[Tensor, Tensor, Cache]:
+    def fill_in(self, attention_mask, mask, positions, cache):
         """What was not given: an empty cache, a causal mask, positions that count on."""
         if cache is None:
             c = self.config
@@ -351,9 +328,7 @@ class Cache:
         return Cache(nothing, nothing, no_column.bool(), no_column, hidden, start)
 
     @staticmethod
-    def from_layers(
-        past: list[KeysValues], attention_mask: Tensor, positions: Tensor, hidden: Tensor
-    ) -> Cache:
+    def from_layers(past, attention_mask, positions, hidden):
         """attention_mask, positions: (B, S + 1), the last column is that of what follows."""
         keys, values = (torch.stack(layers, dim=2) for layers in zip(*past))
         there, next_position = positions[:, :-1], positions[:, -1:]
@@ -389,24 +364,17 @@ class Cache:
             joined.append(pad_sequence(rows, batch_first=True))
         return Cache(*joined)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Cache:
-        """On a device; keys, values and hidden states in a dtype."""
-        moved = []
-        for x in vars(self).values():
-            moved.append(x.to(device, dtype if x.is_floating_point() else x.dtype))
-        return Cache(*moved)
-
-    def with_room(self, columns: int) -> list[KeysValues]:
+    def with_room(self, columns):
         """For every layer, copies of keys and values (B, S + columns, H_kv, K)."""
         room = (0, 0, 0, 0, 0, columns)  # nothing around K and H, zeros behind S
         layers = zip(self.keys.unbind(2), self.values.unbind(2))
         return [(F.pad(k, room), F.pad(v, room)) for k, v in layers]
 
-    def positions_behind(self, attention_mask: Tensor) -> Tensor:
+    def positions_behind(self, attention_mask):
         """Count on from here; padding does not count. attention_mask: (B, T). Returns (B, T)."""
         return self.next_position + attention_mask.cumsum(dim=1) - 1
 
-    def causal_mask(self, attention_mask: Tensor) -> Tensor:
+    def causal_mask(self, attention_mask):
         """New tokens see those before them that are not padding, and themselves.
 
         attention_mask: (B, T) bool. Returns (B, 1, T, S + T) bool.
@@ -417,7 +385,7 @@ class Cache:
         return mask
 
 
-def append(past: KeysValues, k: Tensor, v: Tensor, end: int) -> KeysValues:
+def append(past, k, v, end):
     """Write a layer's new keys and values (B, T, H, K) before column `end`, and return all."""
     keys, values = past
     start = end - k.shape[1]
@@ -426,9 +394,7 @@ def append(past: KeysValues, k: Tensor, v: Tensor, end: int) -> KeysValues:
     return keys[:, :end], values[:, :end]
 
 
-def pad_attention_mask(
-    tokens: Tensor, attention_mask: Tensor | None = None, n_more: int = 0
-) -> Tensor:
+def pad_attention_mask(tokens, attention_mask=None, n_more=0):
     """The attention mask of the tokens and of `n_more` to come, (B, T + n_more) bool.
 
     attention_mask: (B, T) bool; None is no padding.
@@ -441,12 +407,7 @@ def pad_attention_mask(
 # ---- Answering ----
 
 
-def generate_tokens(
-    next_logits: Callable[[Tensor, int], Tensor],
-    tokens: Tensor,
-    max_new_tokens: int,
-    eos_id: int | None,
-) -> list[list[int]]:
+def generate_tokens(next_logits, tokens, max_new_tokens, eos_id):
     """The loop that answers, until every row has met `eos_id`. Returns B lists of new tokens.
 
     next_logits(new (B, T), start) -> (B, V): what follows new tokens, before which `start` others
@@ -520,9 +481,9 @@ class LlamaConfig:
     vocab_size: int = 512
     d_model: int = 128
     n_layers: int = 4
-    n_heads: int = 8
-    n_kv_heads: int = 8
-    head_dim: int = 16
+    n_heads: int = 4
+    n_kv_heads: int = 4
+    head_dim: int = 32
     d_ff: int = 384
     rope_theta: float = 10_000.0
     rope_scaling: dict | None = None  # LLaMA 3.1's: see LLAMA3_SCALING
@@ -602,7 +563,7 @@ class LlamaConfig:
         return cls.from_hf(in_hf)
 
 
-def check_numbers(config: object, names: dict[str, str]) -> None:
+def check_numbers(config, names):
     """Raises ValueError, with the other name, for a number that is not positive, or not whole
     where the default is."""
     for ours, theirs in names.items():
@@ -615,7 +576,7 @@ def check_numbers(config: object, names: dict[str, str]) -> None:
 # ---- Matrices ----
 
 
-def make_embedding(n: int, dim: int) -> nn.Embedding:
+def make_embedding(n, dim):
     """A table without values: PyTorch would fill it, which takes seconds."""
     return nn.Embedding.from_pretrained(torch.empty(n, dim), freeze=False)
 
@@ -623,5 +584,5 @@ def make_embedding(n: int, dim: int) -> nn.Embedding:
 class Linear(nn.Linear):
     """x W', without bias."""
 
-    def __init__(self, n_in: int, n_out: int):
+    def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)

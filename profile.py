@@ -30,7 +30,6 @@ hands on that module's names (last lines), and imports torch only where it is us
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import runpy
 from functools import partial
@@ -64,11 +63,11 @@ def flops(config, new: int, keys: int, n_logits: int = 1) -> int:
     return total + config.n_layers * (2 * new * weights + 4 * new * keys * h)
 
 
-def is_t5(config) -> bool:
+def is_t5(config):
     return hasattr(config, "n_decoder_layers")
 
 
-def costs(config, p: int, n: int, q: int, all_logits: bool) -> dict[str, dict]:
+def costs(config, p, n, q, all_logits):
     """A row for every caching, by the table above. all_logits: of every new token, not of one."""
     kept = {"none": 0, "instruction": p + n, "gist": n}
     if is_t5(config):
@@ -81,13 +80,13 @@ def costs(config, p: int, n: int, q: int, all_logits: bool) -> dict[str, dict]:
     return rows
 
 
-def human_lengths(model: str) -> list[tuple]:
+def human_lengths(model):
     """(p, n, q) of the 252 human-split prompts that the paper measured, for one of its models."""
     rows = [line.split(",") for line in LENGTHS.read_text().splitlines()]
     return [(int(row[3]), 1, int(row[2])) for row in rows if row[0] == model]
 
 
-def print_table(prompts: list[dict], average) -> None:
+def print_table(prompts, average):
     """For every caching the averages over prompts, and what part it saves."""
     names = prompts[0]["none"]
     print("caching     " + "".join(f"{name:>14}         " for name in names))
@@ -116,7 +115,7 @@ def paper() -> None:
 # ---- A real model ----
 
 
-def new_model(preset: str, device: str):
+def new_model(preset, device):
     """A Llama or T5 in the shape of a preset. Raises data.DataError."""
     import torch
 
@@ -150,7 +149,7 @@ def open_model(name: str, *, device: str | None = None):
     return model.eval().bfloat16() if device.startswith("cuda") else model.eval().float()
 
 
-def timings(calls: dict, repeats: int) -> dict:
+def timings(calls, repeats):
     """The median milliseconds of every call, which has to wait until its device is done.
 
     A round makes each call once, so that a slow moment of the machine meets them all. One more
@@ -162,7 +161,7 @@ def timings(calls: dict, repeats: int) -> dict:
     return {name: 1000 * median(times[name] for times in rounds[1:]) for name in calls}
 
 
-def measure(model, B: int, p: int, n: int, q: int, max_new_tokens: int, repeats: int) -> dict:
+def measure(model, B, p, n, q, max_new_tokens, repeats):
     """The rows of `costs`, with the time of B answers. Without caching, an empty cache is kept."""
     import torch
 
@@ -189,14 +188,13 @@ def run_model(
     max_new_tokens: int = 1,
     limit: int = 10,
     repeats: int = 5,
-    out_dir: str = "out/profile",
+    out: str = "profile.png",
     **opening,
 ) -> None:
     """Measure a model without caching, with instruction caching and with gist caching.
 
     Without --prompt_tokens, prompts and inputs are as long as the first --limit ones that the paper
-    measured. The time is that of answers of --max_new_tokens tokens. Writes profile.csv and
-    profile.png to --out_dir.
+    measured. The time is that of answers of --max_new_tokens tokens, which --out is a picture of.
     """
     import data
 
@@ -207,18 +205,14 @@ def run_model(
     prompts = [measure(model, 1, *row, max_new_tokens, repeats) for row in lengths]
     for table in [[prompt] for prompt in prompts] if prompt_tokens else [prompts]:
         print_table(table, median)
-    os.makedirs(out_dir, exist_ok=True)
     figure, ax = data.new_figure(6, 3.5)
-    with open(f"{out_dir}/profile.csv", "w", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["caching", *prompts[0]["none"]])
-        for caching in prompts[0]:
-            rows = [prompt[caching] for prompt in prompts]
-            writer.writerows([caching, *row.values()] for row in rows)
-            ax.plot([r["prompt_tokens"] for r in rows], [r["ms"] for r in rows], "o", label=caching)
+    for caching in prompts[0]:
+        rows = [prompt[caching] for prompt in prompts]
+        ax.plot([r["prompt_tokens"] for r in rows], [r["ms"] for r in rows], "o", label=caching)
     ax.set(xlabel="prompt tokens", ylabel="milliseconds")
     ax.legend(title="caching")
-    data.save_figure(figure, f"{out_dir}/profile.png")
+    data.save_figure(figure, out)
+    print(f"wrote {out}")
 
 
 def generate(model: str, *, repeats: int = 5, **opening) -> None:
@@ -300,7 +294,7 @@ def make_parser() -> argparse.ArgumentParser:
     return eval.make_parser("What gisting saves, and how fast everything is.", COMMANDS)
 
 
-def main() -> None:
+def main():
     options = vars(make_parser().parse_args())
     options.pop("function")(**options)
 

@@ -39,7 +39,6 @@ from torch import Tensor, nn
 from model import (
     IGNORE_INDEX,
     Cache,
-    KeysValues,
     Linear,
     RMSNorm,
     append,
@@ -50,9 +49,7 @@ from model import (
 )
 
 
-def relative_buckets(
-    relative_position: Tensor, bidirectional: bool, n_buckets: int, max_distance: int
-) -> Tensor:
+def relative_buckets(relative_position, bidirectional, n_buckets, max_distance):
     """The bucket of every distance: fine for near keys, coarse for far ones. Raffel et al., 2.1.
 
         bucket(d) = d                                                                     d < E
@@ -78,7 +75,7 @@ def relative_buckets(
 class Attention(nn.Module):
     """softmax(q k' + bias) v. A cross-attention computes keys and values once for all tokens."""
 
-    def __init__(self, c: T5Config):
+    def __init__(self, c):
         super().__init__()
         self.heads = (c.n_heads, c.head_dim)
         width = c.n_heads * c.head_dim
@@ -87,11 +84,11 @@ class Attention(nn.Module):
         self.wv = Linear(c.d_model, width)
         self.wo = Linear(width, c.d_model)
 
-    def keys_values(self, x: Tensor) -> KeysValues:
+    def keys_values(self, x):
         """x: (B, S, D). Returns two of (B, S, H, K)."""
         return self.wk(x).unflatten(-1, self.heads), self.wv(x).unflatten(-1, self.heads)
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x, k, v, bias):
         """x: (B, T, D); k, v: (B, S, H, K); bias: (B or 1, H or 1, T or 1, S)."""
         q = self.wq(x).unflatten(-1, self.heads)  # (B, T, H, K)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H, T or S, K)
@@ -102,13 +99,13 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """w2(relu(w1 x)), or gated: w2(gelu(w1 x) * w3 x). Shazeer 2020."""
 
-    def __init__(self, c: T5Config):
+    def __init__(self, c):
         super().__init__()
         self.w1 = Linear(c.d_model, c.d_ff)
         self.w2 = Linear(c.d_ff, c.d_model)
         self.w3 = Linear(c.d_model, c.d_ff) if c.gated else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         if self.w3 is None:
             return self.w2(F.relu(self.w1(x)))
         return self.w2(F.gelu(self.w1(x), approximate="tanh") * self.w3(x))
@@ -120,7 +117,7 @@ class Block(nn.Module):
     Each stands behind a norm and beside a residual path.
     """
 
-    def __init__(self, c: T5Config, decoder: bool):
+    def __init__(self, c, decoder):
         super().__init__()
         self.attention_norm = RMSNorm(c.d_model, c.norm_eps)
         self.attention = Attention(c)
@@ -130,14 +127,7 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(c.d_model, c.norm_eps)
         self.feed_forward = FeedForward(c)
 
-    def forward(
-        self,
-        x: Tensor,
-        bias: Tensor,
-        past: KeysValues | None,
-        memory: KeysValues | None,
-        cross_mask: Tensor | None,
-    ) -> Tensor:
+    def forward(self, x, bias, past, memory, cross_mask):
         h = self.attention_norm(x)
         k, v = self.attention.keys_values(h)  # (B, T, H, K)
         if past is not None:
@@ -151,7 +141,7 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """An encoder or a decoder: the layers, the table of biases that they share, and a last norm."""
 
-    def __init__(self, c: T5Config, n_layers: int, decoder: bool):
+    def __init__(self, c, n_layers, decoder):
         super().__init__()
         self.decoder = decoder
         self.buckets = (c.n_buckets, c.max_distance)
@@ -159,7 +149,7 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(Block(c, decoder) for _ in range(n_layers))
         self.norm = RMSNorm(c.d_model, c.norm_eps)
 
-    def bias(self, positions: Tensor, T: int) -> Tensor:
+    def bias(self, positions, T):
         """What attention adds for the distance of every query and key, (B, H, T, S).
 
         positions: (B, S) int64 of the keys; the last T are those of the queries.
@@ -168,15 +158,7 @@ class Stack(nn.Module):
         buckets = relative_buckets(distance, not self.decoder, *self.buckets)
         return self.relative_bias(buckets).permute(0, 3, 1, 2)
 
-    def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        mask: Tensor,
-        past: list[KeysValues] | None = None,
-        memory: list[KeysValues] | None = None,
-        cross_mask: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x, positions, mask, past=None, memory=None, cross_mask=None):
         """The last layer's output after the final norm, (B, T, D).
 
         x: (B, T, D), embedded tokens. positions: (B or 1, S) int64 of all keys, the T new ones
@@ -210,7 +192,8 @@ class T5(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Random weights to train from scratch, T5's own: normal with std 1/sqrt(inputs).
 
-        Embeddings have std 1. Queries start smaller by sqrt(K), in place of scaled attention.
+        Embeddings have std 1. Attention starts as in model.py, with queries that are smaller by
+        sqrt(K), in place of scaled attention.
         """
         for name, weight in self.named_parameters():
             if weight.ndim < 2:  # norms stay at 1
@@ -220,8 +203,6 @@ class T5(nn.Module):
                 std = 1.0
             elif "relative_bias" in name:
                 std = self.config.d_model**-0.5
-            elif name.endswith("wq.weight"):
-                std *= self.config.head_dim**-0.5
             elif name.endswith("w2.weight"):
                 std *= 0.3
             weight.normal_(0.0, std, generator=generator)
@@ -236,15 +217,7 @@ class T5(nn.Module):
             return F.linear(hidden * self.config.d_model**-0.5, self.embedding.weight)
         return self.output(hidden)
 
-    def encode(
-        self,
-        source: Tensor,
-        attention_mask: Tensor | None,
-        mask: Tensor | None,
-        cross_mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> tuple[list[KeysValues], Tensor]:
+    def encode(self, source, attention_mask, mask, cross_mask, positions, cache):
         """All that comes before the decoder. Arguments as in `generate`.
 
         Returns its memory, keys and values (B, S, H, K) of the cache and the source for every
@@ -267,14 +240,7 @@ class T5(nn.Module):
         memory = [layer.cross_attention.keys_values(hidden) for layer in self.decoder.layers]
         return memory, cross_mask
 
-    def hidden(
-        self,
-        target: Tensor,
-        memory: list[KeysValues],
-        cross_mask: Tensor,
-        past: list[KeysValues] | None = None,
-        start: int = 0,
-    ) -> Tensor:
+    def hidden(self, target, memory, cross_mask, past=None, start=0):
         """The decoder's output, (B, T, D), for a target (B, T), behind `start` tokens in `past`."""
         positions = torch.arange(start + target.shape[1], device=target.device)  # (S,)
         causal = positions <= positions[start:, None]  # (T, S)
@@ -318,7 +284,7 @@ class T5(nn.Module):
         logits = self.logits(self.hidden(target, *encoded)[is_label]).float()  # (labels, V)
         return F.cross_entropy(logits, targets[is_label], reduction="sum")
 
-    def empty_cache(self, source: Tensor, n_layers: int) -> Cache:
+    def empty_cache(self, source, n_layers):
         c = self.config
         heads = (n_layers, c.n_heads, c.head_dim)
         return Cache.empty(len(source), heads, c.d_model, self.embedding.weight)
@@ -419,8 +385,8 @@ class T5Config:
     d_model: int = 128
     n_layers: int = 3  # of the encoder
     n_decoder_layers: int = 3
-    n_heads: int = 8
-    head_dim: int = 16  # T5's d_kv; n_heads * head_dim need not be d_model
+    n_heads: int = 4
+    head_dim: int = 32  # T5's d_kv; n_heads * head_dim need not be d_model
     d_ff: int = 256
     n_buckets: int = 32
     max_distance: int = 128  # from here on, all distances are one bucket

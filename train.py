@@ -34,7 +34,6 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -165,7 +164,7 @@ def fit(model, tokenizer, examples, config, loss_function=batch_loss, out_dir=No
     return signals[0] if signals else None
 
 
-def batches(examples, config, start) -> Iterator[list[int]]:
+def batches(examples, config, start):
     """The batch of every step from `start` to max_steps, as indices, epoch after epoch.
 
     It depends on the seed and the step alone, however often a run was resumed.
@@ -220,9 +219,6 @@ class Muon(Optimizer):
     https://kellerjordan.github.io/posts/muon
     """
 
-    def __init__(self, params, lr, momentum=0.9):
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
@@ -239,7 +235,7 @@ class Muon(Optimizer):
                 p.add_(update, alpha=-group["lr"] * max(1, m / n) ** 0.5)
 
 
-def orthogonalize_shared(x: Tensor) -> Tensor:
+def orthogonalize_shared(x):
     """Orthogonalize matrices (N, m, n). Processes that hold parts of each share the work:
 
     every process collects N / processes whole matrices, and gives their parts back.
@@ -259,7 +255,7 @@ NEWTON_SCHULZ = [
 ]
 
 
-def orthogonalize(x: Tensor) -> Tensor:
+def orthogonalize(x):
     """Move all singular values of x (..., m, n) close to 1, by Newton-Schulz steps."""
     if x.shape[-2] > x.shape[-1]:
         return orthogonalize(x.mT).mT
@@ -271,7 +267,7 @@ def orthogonalize(x: Tensor) -> Tensor:
     return x
 
 
-def make_optimizers(model, config) -> list[Optimizer]:
+def make_optimizers(model, config):
     """AdamW for all weights; or Muon for the layers' matrices, and AdamW for the others."""
     options = {
         "lr": config.lr,
@@ -296,7 +292,7 @@ def make_optimizers(model, config) -> list[Optimizer]:
         else:
             others.append({"params": [p], "peak_lr": scale * config.lr})
     groups = [{"params": ps, "peak_lr": s * config.muon_lr} for (_, s), ps in matrices.items()]
-    return [AdamW(others, **options), Muon(groups, config.muon_lr)]
+    return [AdamW(others, **options), Muon(groups, {"lr": config.muon_lr, "momentum": 0.9})]
 
 
 def update(optimizers, factor):
@@ -308,7 +304,7 @@ def update(optimizers, factor):
         optimizer.zero_grad()
 
 
-def lr_factor(step: int, config: Config) -> float:
+def lr_factor(step, config):
     """The part of the peak learning rate at a step: linear warm-up, then the schedule."""
     warmup = max(1, round(config.warmup * config.max_steps))
     if step < warmup:
@@ -365,7 +361,7 @@ def shard(model, layers, config):
 
 
 @contextmanager
-def processes(device: str):
+def processes(device):
     """Join the other processes, if torchrun started this one. Raises DataError."""
     on_cuda = device.startswith("cuda")
     if on_cuda:  # round the factors of fp32 products to TF32: 10 bits, and many times faster
@@ -380,7 +376,7 @@ def processes(device: str):
             dist.destroy_process_group()
 
 
-def rank_and_world() -> tuple[int, int]:
+def rank_and_world():
     """Which process this is, and of how many."""
     if not dist.is_initialized():
         return 0, 1
@@ -391,7 +387,7 @@ def is_first():
     return rank_and_world()[0] == 0
 
 
-def from_all(value) -> list:
+def from_all(value):
     """Every process's value, the same list in all of them. They wait here for each other."""
     _, world = rank_and_world()
     values = [value] * world
@@ -400,7 +396,7 @@ def from_all(value) -> list:
     return values
 
 
-def whole(x: Tensor) -> Tensor:
+def whole(x):
     """A tensor of which every process holds a part, put together."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
@@ -428,7 +424,7 @@ def files_of_run(out_dir):
     return [file for pattern in FILES for file in out_dir.glob(pattern)]
 
 
-def check_out_dir(out_dir: Path, config: Config) -> Path | None:
+def check_out_dir(out_dir, config):
     """Is out_dir free, or what the flags say it is? Returns the checkpoint to resume from, or None.
 
     Changes nothing. Raises DataError.
@@ -544,7 +540,7 @@ def save_weights(out_dir, model, tokenizer, run):
         pass
 
 
-def draw_losses(runs: list, file) -> None:
+def draw_losses(runs, file):
     """Draw the logs of runs into one picture: the loss of every step, and its running mean."""
     figure, ax = data.new_figure(6, 3.5)
     for out_dir in runs:

@@ -210,6 +210,7 @@ def test_scores_against_another_file_count_equal_answers(tmp_path, capsys):
         "rouge1": "83.333",
         "rouge2": "25",
         "rougeL": "83.333",
+        "commonest": "50",
     }
 
 

@@ -176,7 +176,7 @@ def test_a_flipped_entry_breaks_the_cached_gist_only_where_the_input_is_involved
                 (t5, {"input -> prompt", "prompt -> input", "gist -> input"}),
             ):
                 error = live_table.error_of_cached_gist(model, name)
-                assert (error > 1e-3) == (name in breaks), (name, error)
+                assert (error > 3e-5) == (name in breaks), (name, error)
             encoder = gist_mask.encoder_mask(live_table.ROW, G, name)
             assert not torch.equal(encoder, gist_mask.encoder_mask(live_table.ROW, G)) or (
                 query == key and query != 0  # a gist token and an input token see themselves

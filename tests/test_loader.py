@@ -224,7 +224,9 @@ def test_interleaved_pairs_turned_as_complex_numbers_are_our_halves():
 
 
 def hf_state(model):
-    return {data.hf_name(name, model.config): p.detach() for name, p in named(model).items()}
+    return {
+        data.rename(name, model.config.hf_names): p.detach() for name, p in named(model).items()
+    }
 
 
 @pytest.fixture
@@ -240,7 +242,7 @@ def delta(tmp_path):
     for name, weight in named(base).items():
         rows = c.vocab_size + 1 if len(weight) == c.vocab_size else len(weight)
         after = torch.randn(rows, *weight.shape[1:]) * 0.01
-        state[data.hf_name(name, c)] = after.clone()
+        state[data.rename(name, c.hf_names)] = after.clone()
         after[: len(weight)] += weight.detach()
         total += after.sum().item()
         tuned.get_parameter(name).data = after

@@ -194,7 +194,7 @@ def test_muon_moves_weights_by_their_orthogonalized_momentum(shape):
     params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for _ in range(2)]
     expected = [p.detach().clone() for p in params]
     momenta = [torch.zeros(shape) for _ in params]
-    optimizer = train.Muon(params, lr=0.1, momentum=0.9)
+    optimizer = train.Muon(params, {"lr": 0.1, "momentum": 0.9})
     for _ in range(3):
         for i, p in enumerate(params):
             p.grad = torch.randn(shape, generator=generator)
@@ -208,7 +208,7 @@ def test_muon_moves_weights_by_their_orthogonalized_momentum(shape):
 
 def test_muon_makes_its_state_once(monkeypatch):
     params = [torch.nn.Parameter(torch.randn(4, 4)) for _ in range(3)]
-    optimizer = train.Muon(params, lr=0.1)
+    optimizer = train.Muon(params, {"lr": 0.1, "momentum": 0.9})
     made, zeros_like = [], torch.zeros_like
     monkeypatch.setattr(torch, "zeros_like", lambda x: made.append(1) or zeros_like(x))
     for _ in range(4):

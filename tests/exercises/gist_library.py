@@ -40,7 +40,10 @@ def load_gist(file: data.AnyPath, model: data.Model) -> tuple[Cache, str]:
         state = data.unpickle(file)
         if state["model"] != model_id(model):
             raise ValueError("a gist of another model")
-        return Cache(**state["gist"]).to(weight.device, weight.dtype), state["instruction"]
+        columns = {}
+        for name, x in state["gist"].items():
+            columns[name] = x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
+        return Cache(**columns), state["instruction"]
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ are the logits of the input, computed from a cache of the gist's columns alone, 
 whole row under the mask? Flipping an entry can take three things away:
 
 - input -> prompt: the input sees the prompt, of which the gist's columns are only a part. The cache
-  has to keep every column (`eval.kept_columns` does), and is exact, but no longer small.
+  has to keep every column (`eval.compress_prompts` does), and is exact, but no longer small.
 - prompt -> input, gist -> input: in an encoder, what the gist holds depends on the input, so that
   nothing can be computed before it is there. (A decoder's tokens see no later ones: no change.)
 - input -> gist: the cache is exact, but its columns are not seen any more: nothing has to be kept.

@@ -1,0 +1,64 @@
+"""The paper's other pictures: scores over the number of gist tokens, and win rates of a judge.
+
+    python -m tests.exercises.draw_results n_gist out/llama-gist-* --metric exact_match
+    python -m tests.exercises.draw_results winrates judged.json
+
+Seconds each. Results are plain files, so a picture of your own is a short program: `metrics.json`
+has every score of a run, a file of judgments every choice. Is the second gist token worth more than
+the tenth? Is a model's lead larger than its interval?
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import data
+import eval
+
+
+def draw_n_gist(ax, runs: list[str], metric: str) -> None:
+    """A line for every architecture, condition and split: its runs by their number of tokens."""
+    lines = {}  # label -> (n_gist, score) of every run
+    for run in runs:
+        file = Path(run) / "metrics.json"
+        with data.reading(file, f"first: python eval.py run {run}"):
+            metrics = json.loads(file.read_bytes())
+            for split in data.SPLITS:
+                if split in metrics:
+                    label = f"{metrics['arch']} {metrics['condition']}, {split}"
+                    point = (metrics["n_gist"], 100 * metrics[split][metric])
+                    lines.setdefault(label, []).append(point)
+    for label, points in lines.items():
+        ax.plot(*zip(*sorted(points)), "o-", label=label)
+    ax.set(xlabel="n_gist", ylabel=f"{metric}, %", ylim=(0, 100))
+
+
+def draw_winrates(ax, files: list[str]) -> None:
+    """A point with its 95 % interval for every file of judgments."""
+    for file in files:
+        for name, row in eval.winrates_of(file).items():
+            below, above = row["rate"] - row["low"], row["high"] - row["rate"]
+            ax.errorbar(row["rate"], name, xerr=[[below], [above]], fmt="o", label=name)
+    ax.axvline(0.5, color="gray", linestyle=":")
+    ax.set(xlim=(0, 1), xlabel="win rate (ties count half)", yticks=[])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw scores over n_gist, or win rates.")
+    parser.add_argument("kind", choices=("n_gist", "winrates"))
+    parser.add_argument("results", nargs="+", help="runs, or files of judgments")
+    parser.add_argument("--metric", default="rougeL", help="one of metrics.json (%(default)s)")
+    parser.add_argument("--out", default="results.png")
+    flags = parser.parse_args()
+    figure, ax = data.new_figure(8, 5)
+    if flags.kind == "n_gist":
+        draw_n_gist(ax, flags.results, flags.metric)
+    else:
+        draw_winrates(ax, flags.results)
+    figure.legend(loc="outside upper center", ncols=2, fontsize="small")
+    data.save_figure(figure, flags.out)
+    print(f"wrote {flags.out}")
+
+
+if __name__ == "__main__":
+    data.run(main)
