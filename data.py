@@ -171,7 +171,6 @@ def answers(w: list, a: str, b: str, c: str, n: int, nth: int) -> dict[str, list
 KINDS = tuple(PHRASINGS)
 COMPARES = KINDS[KINDS.index("replace") :]  # those that have to find a
 TWO_STEPS = "two steps"
-HARDEST = ("if there", "before a", "after a", TWO_STEPS)  # to learn
 STEPS = ("reverse", "first to end", "drop first", "drop last", "prepend", "append")
 
 
@@ -240,7 +239,7 @@ def builtin(n_train: int = 100_000, n_valid: int = 620, seed: int = 0) -> dict[s
     """
     rng = random.Random(seed)
     kinds = [*KINDS, TWO_STEPS]
-    shares = [8 if kind in HARDEST else 3 if kind in COMPARES else 1 for kind in kinds]
+    shares = [4 if kind in COMPARES else 1 for kind in KINDS] + [8]  # the last for two steps
     train, unseen, seen = [], [], []
     trained = {}  # kind -> the training set's tasks
     while len(train) < n_train:

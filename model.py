@@ -149,26 +149,23 @@ class Llama(nn.Module):
         """Random weights to train from scratch: normal with std 1/sqrt(inputs).
 
         The matrices that add to the residual path start smaller. Attention starts with what it has
-        to learn in any case, to find a token's like (queries as keys) and to copy it (the output
-        undoes the values): mimetic initialization, Trockman and Kolter 2023, arXiv 2305.09828.
+        to learn in any case, to find tokens like the query's (queries as keys) and to copy them
+        (the output undoes the values): mimetic initialization, Trockman and Kolter 2023, arXiv
+        2305.09828. Not where query heads share key-value heads.
         """
         residual = 0.3 / math.sqrt(2 * self.config.n_layers)
         for name, weight in self.named_parameters():
             if weight.ndim < 2:  # norms stay at 1
                 continue
             std = weight.shape[1] ** -0.5
-            if name.endswith("w2.weight"):
+            if name.endswith(("wo.weight", "w2.weight")):
                 std *= residual
             weight.normal_(0.0, std, generator=generator)
-        group = self.config.n_heads // self.config.n_kv_heads
-        for layer in self.layers:
-            attention = layer.attention
-            for of_heads, like in (
-                (attention.wq.weight, attention.wk.weight),
-                (attention.wo.weight.T, attention.wv.weight * residual),
-            ):
-                heads = like.unflatten(0, (-1, self.config.head_dim))  # (H_kv, K, D)
-                of_heads.copy_(heads.repeat_interleave(group, dim=0).flatten(0, 1))
+        if self.config.n_heads == self.config.n_kv_heads:
+            for layer in self.layers:
+                attention = layer.attention
+                attention.wq.weight.copy_(attention.wk.weight)
+                attention.wo.weight.copy_(residual * attention.wv.weight.T)
 
     def angles(self, positions):
         """cos and sin of the rotary angles, two of (B, T, 1, K/2). positions: (B, T) int64."""
