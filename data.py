@@ -234,12 +234,12 @@ def builtin(n_train: int = 100_000, n_valid: int = 620, seed: int = 0) -> dict[s
     """The built-in data set, generated.
 
     Unseen instructions never occur in training; seen ones do, with other inputs. Both have equally
-    many of every kind. Training has more of what is hard to learn. `human` is written
+    many of every kind. Training has four times as many of what is hard to learn. `human` is written
     by hand in free phrasing (assets/human.json); no phrasing of ours makes these.
     """
     rng = random.Random(seed)
     kinds = [*KINDS, TWO_STEPS]
-    shares = [4 if kind in COMPARES else 1 for kind in KINDS] + [8]  # the last for two steps
+    shares = [4 if kind in (*COMPARES, TWO_STEPS) else 1 for kind in kinds]
     train, unseen, seen = [], [], []
     trained = {}  # kind -> the training set's tasks
     while len(train) < n_train:

@@ -312,9 +312,7 @@ def lr_factor(step, config):
     left = 1 - (step - warmup) / (config.max_steps - warmup)
     if config.schedule == "cosine":
         return 0.5 * (1 - math.cos(math.pi * left))
-    if config.schedule == "linear" and left < config.decay:  # flat, then straight down to 0
-        return left / config.decay
-    return 1.0
+    return left if config.schedule == "linear" else 1.0
 
 
 # ---- Layers and processes ----
@@ -593,7 +591,6 @@ class Config:
     grad_clip: float = 1.0  # largest norm of the gradient
     warmup: float = 0.03  # part of the steps in which the learning rate rises
     schedule: str = "linear"  # the learning rate after that
-    decay: float = 0.8  # linear: part of the steps in which it falls to 0
     seed: int = 0  # of weights, data and order
 
     device: str | None = None  # cuda, mps or cpu (the first of these that is there)
@@ -612,7 +609,7 @@ CHOICES = {
     "dtype": ("float32", "bfloat16"),
 }
 MAY_BE_0 = ("n_gist", "max_steps", "seed")
-AT_MOST = {"beta2": 0.9999, "warmup": 1, "decay": 1}
+AT_MOST = {"beta2": 0.9999, "warmup": 1}
 
 # The paper's hyperparameters (section 4.1 and appendix A) for the pretrained model in --init_from.
 # Its code sets no betas, so they are AdamW's usual ones. What differs here: T5's dropout of 0.1 was

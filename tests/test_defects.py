@@ -74,7 +74,7 @@ def test_a_choice_that_there_is_not_is_refused_from_a_notebook_too(name, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("flag", ["--warmup", "--decay"])
+@pytest.mark.parametrize("flag", ["--warmup"])
 def test_a_share_of_the_steps_is_at_most_one(flag, tmp_path):
     done = command("train.py", flag, "500", "--out_dir", tmp_path / "run")
     assert done.returncode == 2 and flag in done.stderr and not (tmp_path / "run").exists()

@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# Remake the tables and pictures of README.md and assets/results.md from nothing: hours on a CPU.
+#
+#     bash tests/make_results.sh                # everything
+#     bash tests/make_results.sh masks main     # some parts: masks main gists profile exercises
+#     SMOLLM2=DIR ALPACA=DIR bash tests/make_results.sh smollm2       # needs weights and data
+#     PAPER=DIR bash tests/make_results.sh paper                      # the paper's released outputs
+#
+# It can be stopped at any time: what is finished is skipped, a run that was cut short goes on.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-out/results}
+SEEDS=${SEEDS:-0 1 2}
+
+run() {  # NAME FLAGS...: train and evaluate, unless that is done
+    local out=$OUT/$1 resume=""
+    shift
+    if [ -f "$out/metrics.json" ]; then return; fi
+    if [ -f "$out/model.safetensors" ]; then
+        python eval.py run "$out"
+    else
+        if [ -f "$out/train_log.jsonl" ]; then resume=--resume; fi
+        python train.py "$@" --out_dir "$out" $resume
+    fi
+}
+
+masks() {
+    python -m tests.exercises.draw_masks --out assets/masks.png
+}
+
+main() {  # the README's table and what stands beside it
+    for arch in llama t5; do
+        for condition in gist pos_control neg_control; do
+            for seed in $SEEDS; do
+                run "$arch-$condition-1-seed$seed" --arch $arch --condition $condition --seed "$seed"
+            done
+        done
+    done
+    table
+    python eval.py plot "$OUT"/*-1-seed0 --metric exact_match --out assets/results.png
+    python eval.py plot "$OUT"/*-gist-1-seed0 --kind families --metric exact_match --out assets/families.png
+    python -m tests.exercises.attention "$OUT/llama-gist-1-seed0" \
+        --instruction "Put lamp at the front and bread at the end." --out assets/attention.png
+}
+
+gists() {  # more gist tokens, and words instead of them
+    for arch in llama t5; do
+        for n in 2 5 10; do
+            run "$arch-gist-$n-seed0" --arch $arch --n_gist $n
+        done
+        run "$arch-tfidf-1-seed0" --arch $arch --condition pos_control --n_gist 0 --tfidf 1
+    done
+    table
+    python -m tests.exercises.draw_results n_gist "$OUT"/*-gist-*-seed0 "$OUT"/*_control-1-seed0 \
+        --metric exact_match --out assets/n_gist.png
+}
+
+table() {
+    python tests/make_table.py "$OUT"/*-seed*
+}
+
+profile() {
+    python profile.py paper
+    python profile.py run smollm2-135m --prompt_tokens 32 64 128 256 512 --out assets/profile.png
+}
+
+smollm2() {
+    for condition in gist pos_control neg_control; do
+        run "smollm2-$condition" --condition $condition --init_from "$SMOLLM2" --data "$ALPACA" \
+            --epochs 1 --batch_size 8 --lr 2e-4
+    done
+}
+
+paper() {
+    python eval.py score "$PAPER"/*.csv
+    python eval.py winrate "$PAPER"/*.json
+}
+
+exercises() {
+    local model=$OUT/llama-gist-1-seed0
+    run llama-gist-1-seed0
+    python -m tests.exercises.live_table
+    python -m tests.exercises.count_flops --p 26 --q 10
+    python -m tests.exercises.sixteen_users "$model"
+    python -m tests.exercises.mean_of_two_gists "$model"
+    python -m tests.exercises.cartridge "$model"
+    python -m tests.exercises.what_else_to_keep "$model" "$OUT/llama-pos_control-1-seed0"
+    python -m tests.exercises.several_gists
+    python -m tests.exercises.accumulating_gists
+    python -m tests.exercises.long_prompts --out assets/shots.png
+    if [ ! -f "$OUT/pretrained/model.safetensors" ]; then
+        python -m tests.exercises.gist_pretraining --max_steps 1000 --out_dir "$OUT/pretrained"
+    fi
+    for steps in 500 1000; do
+        run "pretrained-$steps" --init_from "$OUT/pretrained" --optimizer muon --lr 3e-3 --max_steps $steps
+        run "unpretrained-$steps" --max_steps $steps
+    done
+}
+
+if [ $# = 0 ]; then set -- masks main gists profile exercises; fi
+for part in "$@"; do "$part"; done
