@@ -149,8 +149,8 @@ class Llama(nn.Module):
         """Random weights to train from scratch: normal with std 1/sqrt(inputs).
 
         The matrices that add to the residual path start smaller. Attention starts with what it has
-        to learn in any case, to find tokens like the query's (queries as keys) and to copy them
-        (the output undoes the values): mimetic initialization, Trockman and Kolter 2023, arXiv
+        to learn in any case, to find tokens like the query's (queries as half the keys) and to
+        copy them (the output undoes the values): mimetic initialization, Trockman and Kolter 2023, arXiv
         2305.09828. Not where query heads share key-value heads.
         """
         residual = 0.3 / math.sqrt(2 * self.config.n_layers)
@@ -164,7 +164,7 @@ class Llama(nn.Module):
         if self.config.n_heads == self.config.n_kv_heads:
             for layer in self.layers:
                 attention = layer.attention
-                attention.wq.weight.copy_(attention.wk.weight)
+                attention.wq.weight.copy_(0.5 * attention.wk.weight)
                 attention.wo.weight.copy_(residual * attention.wv.weight.T)
 
     def angles(self, positions):
