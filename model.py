@@ -149,9 +149,9 @@ class Llama(nn.Module):
         """Random weights to train from scratch: normal with std 1/sqrt(inputs).
 
         The matrices that add to the residual path start smaller. Attention starts with what it has
-        to learn in any case, to find tokens like the query's (queries as half the keys) and to
-        copy them (the output undoes the values): mimetic initialization, Trockman and Kolter 2023, arXiv
-        2305.09828. Not where query heads share key-value heads.
+        to learn in any case, to find tokens like the query's (queries are half the keys) and to
+        copy them (the output undoes the values): mimetic initialization, Trockman and Kolter 2023,
+        arXiv 2305.09828. Not where query heads share key-value heads.
         """
         residual = 0.3 / math.sqrt(2 * self.config.n_layers)
         for name, weight in self.named_parameters():

@@ -2,12 +2,14 @@
 
 import argparse
 import importlib
+import json
 import re
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
+from make_table import FILE, rows
 
 import gist_mask
 
@@ -85,3 +87,9 @@ def test_the_masks_tables_are_those_of_the_code():
             seen = set(names) if cell.strip() == "all" else set(cell.strip().split(", "))
             table = gist_mask.TABLE[condition][names.index(row)]
             assert seen == {name for name, may in zip(names, table, strict=True) if may}
+
+
+def test_results_are_those_of_the_committed_runs():
+    written = README + (ROOT / "assets" / "results.md").read_text()
+    for row in rows(json.loads(FILE.read_text())).values():
+        assert row in written
