@@ -583,8 +583,8 @@ def plot(
             guesses = [100 * group["commonest"] for group in groups.values()]
             ax.hlines(guesses, places, [place + width for place in places], "black", "dotted")
     names = [f"{name} ({group['n']})" for name, group in groups.items()]
-    ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    ax.set(ylabel=f"{metric}, %", ylim=(0, 100))
+    ax.set_xticks([x + 0.4 for x in range(len(names))], names, rotation=30, ha="right")
+    ax.set(ylabel=f"{metric}, %", ylim=(0, 100), xlim=(-0.2, len(names)))
     figure.legend(loc="outside upper center", ncols=2, fontsize="small")
     data.save_figure(figure, out)
 
