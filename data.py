@@ -125,8 +125,11 @@ BUILTIN = json.loads((ASSETS / "builtin.json").read_text())
 WORDS, NUMBERS, ORDINALS, LIST_NAMES, PHRASINGS = BUILTIN.values()  # PHRASINGS: by kind
 
 
-def answers(w: list, a: str, b: str, c: str, n: int, nth: int) -> dict[str, list]:
-    """What every kind of instruction makes of the list w; nth counts from 0."""
+def answers(w, a, b, c, n, nth):
+    """By kind, what an instruction makes of the list of words w. Returns lists of words.
+
+    a, b, c: its words; n: its number; nth: its place, from 0.
+    """
     before, at, after = w[:nth], w[nth : nth + 1], w[nth + 1 :]
     return {
         # the order of the list
@@ -169,7 +172,7 @@ def answers(w: list, a: str, b: str, c: str, n: int, nth: int) -> dict[str, list
 
 
 KINDS = tuple(PHRASINGS)
-COMPARES = KINDS[KINDS.index("replace") :]  # those that have to find a
+COMPARES = KINDS[KINDS.index("replace") :]  # the last two groups: they have to find a
 TWO_STEPS = "two steps"
 STEPS = ("reverse", "first to end", "drop first", "drop last", "prepend", "append")
 

@@ -628,7 +628,7 @@ def judge(
 
     base_url: an OpenAI-compatible endpoint, as https://HOST/v1; its key is in OPENAI_API_KEY. out:
     the judgments; the pairs that it has are not asked for again. workers: requests at once.
-    timeout: seconds for a reply. wait: seconds after a failure, twice as long after the next.
+    timeout: seconds for all of these. wait: seconds after a failure, twice as long after the next.
     tries: stop after so many failures in a row. Raises data.DataError.
     """
     pairs = []
@@ -674,10 +674,11 @@ def ask_together(url, model, timeout, pairs):
     pool = ThreadPool(len(pairs))  # a new one: a request that is late keeps its thread
     replies = [pool.apply_async(ask_for_verdict, (url, model, timeout, pair)) for pair in pairs]
     pool.close()
+    end = time.monotonic() + timeout
     verdicts, error = [], None
     for reply in replies:
         try:
-            verdicts.append(reply.get(timeout))
+            verdicts.append(reply.get(max(0, end - time.monotonic())))
         except Exception as problem:
             error = problem
     return verdicts, error
