@@ -187,7 +187,7 @@ class Task:
     words: tuple  # a, b and c
 
 
-def make_task(rng: random.Random, kind: str) -> Task:
+def make_task(rng, kind):
     """Fill one phrasing of a kind with words and numbers, or let one such step follow another."""
     if kind == TWO_STEPS:
         return in_turn(*[make_task(rng, rng.choice(STEPS)) for _ in range(2)])
@@ -206,7 +206,7 @@ def in_turn(first, second):
     return Task(text, TWO_STEPS, lambda w: second.solve(first.solve(w)), ())
 
 
-def make_record(task: Task, rng: random.Random) -> dict:
+def make_record(task, rng):
     """An example of an instruction: a random list of 3 to 5 words, and the answer."""
     kind = task.kind
     words = [word for word in rng.sample(WORDS, 8) if word not in task.words]
@@ -228,7 +228,7 @@ def make_record(task: Task, rng: random.Random) -> dict:
     }
 
 
-def is_held_out(instruction: str) -> bool:
+def is_held_out(instruction):
     """Is it kept for the unseen split? One in ten is, by a hash that never changes."""
     return hashlib.sha256(instruction.encode()).digest()[0] % 10 == 0
 
@@ -390,7 +390,7 @@ def collate(examples: list[Example], pad_id: int, arch: str = "llama") -> Tensor
     return {"tokens": tokens, "attention_mask": attention_mask, "targets": targets}
 
 
-def batch_order(lengths: list[int], batch_size: int, seed: int) -> list[list[int]]:
+def batch_order(lengths, batch_size, seed):
     """One epoch as batches of indices, shuffled, with rows of similar lengths in each batch.
 
     Shuffle all, sort by length within stretches of 50 batches, cut into batches, shuffle these. So
@@ -440,10 +440,10 @@ class SentencePieceTokenizer:
         self.vocab_size = self.gist_id + 1
         self.files = {"spiece.model" if extra_ids else "tokenizer.model": model}
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text):
         return self.sp.encode(text.encode("utf-8", "replace"))
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids):
         size, unknown = self.sp.vocab_size(), self.sp.unk_id()
         return self.sp.decode([i for i in ids if i < size and i != unknown])
 
@@ -472,17 +472,17 @@ class BPETokenizer:
         pieces = rf"{self.pattern}|(?s:.+?)(?={self.pattern}|\z)" if self.pattern else "(?s:.+)"
         self.bpe = tiktoken.Encoding("", pat_str=pieces, mergeable_ranks=ids, special_tokens={})
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text):
         return [i for i in self.bpe.encode_ordinary(text) if i < self.vocab_size]
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids):
         return self.bpe.decode([i for i in ids if i in self.tokens])
 
 
 Tokenizer = SentencePieceTokenizer | BPETokenizer
 
 
-def train_tokenizer(records: list[dict], vocab_size: int) -> SentencePieceTokenizer:
+def train_tokenizer(records, vocab_size):
     """Train a SentencePiece model: byte-pair encoding, with bytes for what it has not seen."""
     text = "".join(
         f"Instruction: {r['instruction']}\nInput: {r['input']}\nOutput: {r['output']}\n"
@@ -509,7 +509,7 @@ def train_tokenizer(records: list[dict], vocab_size: int) -> SentencePieceTokeni
     return SentencePieceTokenizer(model.getvalue())
 
 
-def load_tokenizer(folder: Path) -> Tokenizer | None:
+def load_tokenizer(folder):
     """The tokenizer of a checkpoint, of any kind; None if there is none. Raises DataError."""
     for name in ("tokenizer.model", "spiece.model", "tokenizer.json"):
         file = folder / name
@@ -653,7 +653,7 @@ def load_model(
     return model, tokenizer
 
 
-def read_config(path: AnyPath) -> dict:
+def read_config(path):
     """A checkpoint's config.json, or Meta's params.json. Runs of ours have the key "gisting".
 
     Raises DataError.
@@ -742,7 +742,7 @@ def read_safetensors(file):
     return tensors
 
 
-def unpickle(file: AnyPath) -> dict:
+def unpickle(file):
     """What torch.save wrote, tensors mapped. Code is never run. Raises what a broken file can."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -837,9 +837,7 @@ def save_model(
             f.write(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
 
 
-def save_config(
-    path: AnyPath, model: Model, tokenizer: Tokenizer | None, gisting: dict | None
-) -> None:
+def save_config(path, model, tokenizer, gisting):
     """Write a checkpoint without its weights: config.json and the tokenizer's files."""
     Path(path).mkdir(parents=True, exist_ok=True)
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
@@ -875,13 +873,13 @@ def replacing(file):
         temporary.unlink(missing_ok=True)
 
 
-def write_file(file: Path, content: bytes) -> None:
+def write_file(file, content):
     """Replace a file by one with this content."""
     with replacing(file) as f:
         f.write(content)
 
 
-def read_json(file: Path) -> dict:
+def read_json(file):
     """A JSON object. Raises DataError."""
     with reading(file):
         content = json.loads(file.read_bytes())
@@ -941,7 +939,7 @@ def run(main):
     sys.exit(status)
 
 
-def at_least(low: float, kind: type = int, at_most: float = sys.maxsize) -> Callable:
+def at_least(low, kind=int, at_most=sys.maxsize):
     """A type for argparse: a number in a range; not-a-number and infinity are in none."""
 
     def parse(text):
@@ -957,7 +955,7 @@ def at_least(low: float, kind: type = int, at_most: float = sys.maxsize) -> Call
 # ---- Figures and devices ----
 
 
-def new_figure(width: float, height: float, panels: int = 1):
+def new_figure(width, height, panels=1):
     """A matplotlib figure for a file, and its axes side by side. Sizes are in inches."""
     from matplotlib.figure import Figure  # without pyplot: no display, and nothing to close
 
@@ -965,7 +963,7 @@ def new_figure(width: float, height: float, panels: int = 1):
     return figure, figure.subplots(1, panels)
 
 
-def save_figure(figure, file: AnyPath) -> None:
+def save_figure(figure, file):
     """Write a figure in the format that the file's ending names. Raises DataError."""
     with reading(file, "give a file like results.png"), replacing(Path(file)) as f:
         figure.savefig(f, dpi=120, format=Path(file).suffix[1:])

@@ -324,7 +324,7 @@ def write_outputs(file, records, answers):
     data.write_file(file, text.getvalue().encode("utf-8", "replace"))  # JSON can hold half a letter
 
 
-def read_outputs(file: str) -> list[dict[str, str]]:
+def read_outputs(file):
     """The rows of an outputs file, dicts with at least the keys COLUMNS. Raises data.DataError."""
     csv.field_size_limit(2**31 - 1)  # Python's own is 131,072 characters: an answer can be longer
     with data.reading(file, f"an outputs file has rows with the columns {', '.join(COLUMNS)}"):
@@ -371,7 +371,7 @@ def score_files(files: list[str], *, against: str | None = None) -> None:
 #     F = 2PR / (P + R) = 2 overlap / (|A| + |B|)
 
 
-def rouge(prediction: str, reference: str) -> dict[str, float]:
+def rouge(prediction, reference):
     """ROUGE-1, ROUGE-2 and ROUGE-L F-measures, as fractions; 0 for a text without words.
 
     Lin, "ROUGE: a package for automatic evaluation of summaries" (2004), with the tokens and stems
@@ -731,7 +731,7 @@ def read_judgments(file):
     return judgments
 
 
-def winrates_of(file: str) -> dict[str, dict]:
+def winrates_of(file):
     """Win rate of a against b, ties as half, with its 95 % interval. Raises data.DataError.
 
     A second row follows for scores in the file, as its choices may not add up to them.

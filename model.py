@@ -188,7 +188,7 @@ class Llama(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: (..., D). Returns (..., V)."""
         if self.output is None:
-            return F.linear(hidden, self.embedding.weight)
+            return linear(hidden, self.embedding.weight)
         return self.output(hidden)
 
     def forward(
@@ -570,7 +570,7 @@ def check_numbers(config, names):
             raise ValueError(f"{theirs} is {value}, expected a number like {default}")
 
 
-# ---- Matrices ----
+# ---- Matrices, and few rows on a CPU ----
 
 
 def make_embedding(n, dim):
@@ -583,3 +583,21 @@ class Linear(nn.Linear):
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x):
+        return linear(x, self.weight)
+
+
+def linear(x, weight):
+    """x W'. On a CPU, few rows, as in decoding, are faster as (W x')': 1.6 times for SmolLM2.
+
+    One row goes twice: a matrix times a vector is slower than times two of them.
+    """
+    rows = x.reshape(-1, x.shape[-1])  # (R, n_in)
+    n = len(rows)
+    few = n <= 128 and x.is_cpu and x.dtype == torch.float32
+    if not few or torch.is_grad_enabled():
+        return F.linear(x, weight)
+    if n == 1:
+        rows = rows.repeat(2, 1)
+    return (weight @ rows.mT)[:, :n].mT.reshape(*x.shape[:-1], len(weight))

@@ -44,6 +44,7 @@ from model import (
     append,
     check_numbers,
     generate_tokens,
+    linear,
     make_embedding,
     pad_attention_mask,
 )
@@ -214,7 +215,7 @@ class T5(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: (..., D), the decoder's output. Returns (..., V)."""
         if self.output is None:
-            return F.linear(hidden * self.config.d_model**-0.5, self.embedding.weight)
+            return linear(hidden * self.config.d_model**-0.5, self.embedding.weight)
         return self.output(hidden)
 
     def encode(self, source, attention_mask, mask, cross_mask, positions, cache):
