@@ -52,16 +52,25 @@ ASSETS = Path(__file__).parent / "assets"
 # ---- Instructions ----
 
 
-def load_instructions(path: str, seed: int = 0) -> dict[str, list[dict]]:
+def load_instructions(path: str, seed: int = 0, tfidf: int | None = None) -> dict[str, list[dict]]:
     """Read a data set: {"train": [...], "seen": [...], "unseen": [...], "human": [...]}.
 
     path: "builtin", or a directory in the Alpaca+ layout: files whose names hold `train`,
     `validation_seen`, `validation_unseen` or `validation_human` and end in .json or .jsonl, each a
     JSON array or JSON lines. A record is a dict with the strings `instruction`, `input` ("" if it
     needs none) and `output`. A split without a file is []. Raises DataError.
+
+    tfidf: shorten all instructions to so many keywords, see `with_keywords`.
     """
-    if path == "builtin":
-        return builtin(seed=seed)
+    splits = builtin(seed=seed) if path == "builtin" else read_splits(path)
+    if tfidf:
+        train = splits["train"]
+        return {split: with_keywords(records, train, tfidf) for split, records in splits.items()}
+    return splits
+
+
+def read_splits(path):
+    """The records of a directory, by split. Raises DataError."""
     if not Path(path).is_dir():
         raise DataError(f"{path}: no such data directory; give one, or --data builtin")
     data = {split: [] for split in ("train", *SPLITS)}

@@ -172,16 +172,13 @@ def evaluate_run(
     of an answer; default: that of the split's longest reference. opening: see `open_run`.
     """
     model, tokenizer, config = open_run(path, **opening)
-    splits = data.load_instructions(data_dir or config["data"], config["seed"])
+    splits = data.load_instructions(data_dir or config["data"], config["seed"], config["tfidf"])
     condition = config["condition"]
     described = ("condition", "n_gist", "tfidf", "arch", "steps", "seconds")
     metrics = {key: config.get(key) for key in described}
     for split in data.SPLITS:
-        records = splits[split]
-        if config["tfidf"]:
-            records = data.with_keywords(records, splits["train"], config["tfidf"])
         examples, skipped = data.make_examples(
-            records,
+            splits[split],
             tokenizer,
             config["n_gist"],
             config["arch"],

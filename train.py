@@ -88,36 +88,67 @@ def accumulate_gradients(model, examples, tokenizer, config, loss_function=batch
     Every process takes its share of the examples and returns its share of the loss. Each sum is
     divided by the labels of the whole batch, so how the batch is cut changes nothing.
     """
-    rank, world = rank_and_world()
+    _, world = rank_and_world()
     n_labels = max(1, sum(len(example.output) for example in examples))
-    share = examples[rank::world]
-    largest_share = math.ceil(len(examples) / world)
-    micro_batch = config.micro_batch or largest_share
-    device = torch.device(config.device)
+    batches = micro_batches(examples, tokenizer, config, config.micro_batch)
     loss = 0.0
-    for start in range(0, largest_share, micro_batch):
-        part = share[start : start + micro_batch]
-        batch = data.collate(part or examples[:1], tokenizer.pad_id, config.arch)
-        if not part:  # processes compute together, even if one has nothing left to learn from
-            batch["targets"].fill_(IGNORE_INDEX)
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    for batch in batches:
         if world > 1:  # Gradients travel once, with the last micro-batch. Until then every process
             # keeps whole ones, 4 bytes a parameter.
-            model.set_requires_gradient_sync(start + micro_batch >= largest_share)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            part_loss = loss_function(model, batch, tokenizer.gist_id, config.condition) / n_labels
-        (part_loss * world).backward()  # gradients are averaged over processes; we want their sum
-        loss += part_loss.detach()  # stays on the device until it is whole
+            model.set_requires_gradient_sync(batch is batches[-1])
+        with computing_in(config):
+            part = loss_function(model, batch, tokenizer.gist_id, config.condition) / n_labels
+        (part * world).backward()  # gradients are averaged over processes; we want their sum
+        loss += part.detach()  # stays on the device until it is whole
     return loss.item()
 
 
-def fit(model, tokenizer, examples, config, loss_function=batch_loss, out_dir=None) -> int | None:
+def micro_batches(examples, tokenizer, config, size):
+    """This process's share of the examples, in batches of `size` (None: in one), on its device."""
+    rank, world = rank_and_world()
+    share = examples[rank::world]
+    largest_share = math.ceil(len(examples) / world)
+    size = size or largest_share
+    batches = []
+    for start in range(0, largest_share, size):
+        part = share[start : start + size]
+        batch = data.collate(part or examples[:1], tokenizer.pad_id, config.arch)
+        if not part:  # processes compute together, even if one has nothing left to learn from
+            batch["targets"].fill_(IGNORE_INDEX)
+        batches.append({name: tensor.to(config.device) for name, tensor in batch.items()})
+    return batches
+
+
+def computing_in(config):
+    """A context in which matrix products are of the run's dtype."""
+    is_bfloat16 = config.dtype == "bfloat16"
+    return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=is_bfloat16)
+
+
+@torch.no_grad()
+def validation_losses(model, splits, tokenizer, config) -> dict[str, float]:
+    """The mean loss of a label, in nats, for every split. splits: lists of data.Example by name."""
+    losses = {}
+    for split, examples in splits.items():
+        size = config.micro_batch or config.batch_size
+        loss = 0.0
+        for batch in micro_batches(sorted(examples, key=len), tokenizer, config, size):
+            with computing_in(config):
+                loss += batch_loss(model, batch, tokenizer.gist_id, config.condition).item()
+        losses[f"loss_{split}"] = sum(from_all(loss)) / sum(len(e.output) for e in examples)
+    return losses
+
+
+def fit(
+    model, tokenizer, examples, config, loss_function=batch_loss, out_dir=None, validation=None
+) -> int | None:
     """Train a model on a list of data.Example, to step config.max_steps.
 
     config: as `fill_in` returns it. loss_function(model, batch, gist_id, condition): the loss of a
     batch of `data.collate` in nats, summed over its labels. out_dir: a Path that is to keep the
     log, a checkpoint every config.save_every steps, and the weights at the end; None: nothing is
-    written.
+    written. validation: lists of data.Example by name, whose loss the log gets every
+    config.eval_every steps.
 
     Ctrl-C and SIGTERM end the training with the step that they come in. Returns the signal's
     number, else None. Raises DataError if loss or weights are no longer finite, or if out_dir does
@@ -147,14 +178,16 @@ def fit(model, tokenizer, examples, config, loss_function=batch_loss, out_dir=No
 
             n, lr = sum(map(len, batch)), factor * config.lr
             entry = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": n}
-            print(json.dumps(entry), file=log, flush=True)
             seconds = time.perf_counter() - began
+            is_last = signals or step == config.max_steps
+            if validation and config.eval_every and (is_last or step % config.eval_every == 0):
+                entry |= validation_losses(model, validation, tokenizer, config)
+            print(json.dumps(entry), file=log, flush=True)
             run["steps"] = step
             run["seconds"] += seconds
             ema = 0.95 * ema + 0.05 * loss if ema else loss  # the loss, smoothed
             bar.set_postfix(ema=f"{ema:.3f}", tokens_s=f"{n / seconds:,.0f}", refresh=False)
             bar.update()
-            is_last = signals or step == config.max_steps
             if out_dir and (is_last or step % config.save_every == 0):
                 save_checkpoint(out_dir, model, optimizers, run)
             if signals:
@@ -409,7 +442,7 @@ LOG = "train_log.jsonl"  # where this is, there is a run
 FILES = ("checkpoint-*", "config.json", "model.safetensors", "tokenizer.*", "spiece.model",
          "loss.png", "metrics.json", "outputs-*.csv")
 PROGRESS = ("steps", "seconds")
-MAY_CHANGE = ("resume", "overwrite", "out_dir", "no_eval", "save_every", "device",
+MAY_CHANGE = ("resume", "overwrite", "out_dir", "no_eval", "save_every", "eval_every", "device",
               "micro_batch", "checkpoint_activations", "compile")  # when a run is resumed
 METADATA = ("Metadata", "MetadataIndex", "StorageMeta", "_StorageInfo", "TensorStorageMetadata",
             "ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "_get_layout",
@@ -539,15 +572,21 @@ def save_weights(out_dir, model, tokenizer, run):
 
 
 def draw_losses(runs, file):
-    """Draw the logs of runs into one picture: the loss of every step, and its running mean."""
+    """Draw the logs of runs: the loss of every step, its running mean, and that of validation."""
     figure, ax = data.new_figure(6, 3.5)
     for out_dir in runs:
         log = Path(out_dir) / LOG
         with data.reading(log, "give a run of train.py"):
-            losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+            entries = [json.loads(line) for line in log.read_text().splitlines()]
+            losses = [entry["loss"] for entry in entries]
         mean = list(accumulate(losses, lambda mean, x: 0.98 * mean + 0.02 * x))
         (line,) = ax.plot(mean, label=out_dir)
-        ax.plot(losses, color=line.get_color(), alpha=0.3, linewidth=0.7)
+        color = line.get_color()
+        ax.plot(losses, color=color, alpha=0.3, linewidth=0.7)
+        for split, marker in zip(data.SPLITS, "os^"):
+            points = [(e["step"], e[f"loss_{split}"]) for e in entries if f"loss_{split}" in e]
+            if points:
+                ax.plot(*zip(*points), marker, color=color, label=f"{out_dir}, {split}")
     ax.set(xlabel="step", ylabel="loss (nats per output token)", ylim=(0, None))
     ax.legend()
     data.save_figure(figure, file)
@@ -598,6 +637,7 @@ class Config:
     checkpoint_activations: bool = False  # less memory, a third more time
     compile: bool = False  # compile the layers: a slow start, then faster steps
     save_every: int = 500  # steps between checkpoints
+    eval_every: int | None = None  # steps between validation losses in the log (none)
     no_eval: bool = False  # do not evaluate at the end
 
 
@@ -725,13 +765,15 @@ def train(config: Config) -> int | None:
     with processes(config.device):
         resumed = check_out_dir(out_dir, config)
         tokenizer = data.load_tokenizer(out_dir) if resumed else None  # a run keeps its own
-        records = data.load_instructions(config.data, config.seed)["train"]
-        if config.tfidf:
-            records = data.with_keywords(records, records, config.tfidf)
-        model, tokenizer = make_model(config, records, tokenizer)
-        examples, skipped = data.make_examples(
-            records, tokenizer, config.n_gist, config.arch, config.max_length, config.max_target
-        )
+        splits = data.load_instructions(config.data, config.seed, config.tfidf)
+        model, tokenizer = make_model(config, splits["train"], tokenizer)
+        sizes = (config.n_gist, config.arch, config.max_length, config.max_target)
+        made = {
+            split: data.make_examples(records, tokenizer, *sizes)
+            for split, records in splits.items()
+        }
+        examples, skipped = made.pop("train")
+        validation = {split: kept for split, (kept, _) in made.items() if kept}
         if not examples:
             raise DataError(f"{config.data}: --max_length cuts off every output; raise it")
         if config.epochs:
@@ -741,7 +783,7 @@ def train(config: Config) -> int | None:
             n = sum(p.numel() for p in model.parameters())
             sizes = f"{n:,} parameters, {len(examples):,} examples ({skipped} skipped)"
             print(f"{out_dir}: {sizes}", flush=True)
-        return fit(model, tokenizer, examples, config, out_dir=out_dir)
+        return fit(model, tokenizer, examples, config, out_dir=out_dir, validation=validation)
 
 
 def main():

@@ -50,7 +50,7 @@ def weights(model):
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "gist-2"
-    flags = ["--n_gist", 2, "--max_steps", 6, "--save_every", 4]
+    flags = ["--n_gist", 2, "--max_steps", 6, "--save_every", 4, "--eval_every", 4]
     done = command(*SMALL, "--data", folder, "--out_dir", out, *flags)
     assert done.returncode == 0, done.stderr
     return out, done
@@ -73,6 +73,17 @@ def test_a_run_leaves_all_its_files_and_a_table(run):
     assert "ema=" in done.stderr and "tokens_s=" in done.stderr
 
 
+def test_validation_losses_in_the_log_are_those_of_the_evaluation(run):
+    out, _ = run
+    entries = [json.loads(line) for line in (out / "train_log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries if "loss_unseen" in entry] == [4, 6]
+    metrics = json.loads((out / "metrics.json").read_text())
+    for split in ("unseen", "human"):
+        assert entries[-1][f"loss_{split}"] == pytest.approx(metrics[split]["loss"], rel=1e-5)
+        assert entries[3][f"loss_{split}"] != entries[-1][f"loss_{split}"]
+    assert "loss_seen" not in entries[-1]  # there is no such file
+
+
 def test_config_json_says_how_the_run_was_made(run, folder):
     gisting = data.read_config(run[0])["gisting"]
     assert {field.name for field in fields(train.Config)} <= gisting.keys()
@@ -90,7 +101,7 @@ def test_the_same_seed_gives_the_same_weights_from_a_notebook_too(run, folder, t
 
 def test_a_run_cut_short_is_resumed_to_the_same_weights(run, folder, tmp_path, monkeypatch):
     """Stopped after step 5 of 6, one past its checkpoint."""
-    config = small(folder, n_gist=2, out_dir=str(tmp_path), save_every=4)
+    config = small(folder, n_gist=2, out_dir=str(tmp_path), save_every=4, eval_every=4)
     calls, accumulate = [], train.accumulate_gradients
 
     def fail_at_step_6(*args):
@@ -106,7 +117,8 @@ def test_a_run_cut_short_is_resumed_to_the_same_weights(run, folder, tmp_path, m
     train.train(replace(config, resume=True))
     whole = run[0] / "model.safetensors"
     assert (tmp_path / "model.safetensors").read_bytes() == whole.read_bytes()
-    assert losses(tmp_path) == losses(run[0])
+    logs = [(out / "train_log.jsonl").read_text() for out in (tmp_path, run[0])]
+    assert logs[0] == logs[1]
 
 
 def test_the_loop_trains_with_a_loss_of_ones_own_and_writes_nothing(folder, tmp_path, monkeypatch):
