@@ -462,8 +462,6 @@ PRESETS = {
     "llama-tiny": dict(),
     "llama-7b": dict(vocab_size=32000, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32,
                      head_dim=128, d_ff=11008, norm_eps=1e-6, tie_embeddings=False),
-    "smollm2-135m": dict(vocab_size=49152, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3,
-                         head_dim=64, d_ff=1536, rope_theta=100_000.0),
 }
 # fmt: on
 
@@ -496,9 +494,6 @@ class LlamaConfig:
             raise ValueError(f"{self.n_heads} heads cannot share {self.n_kv_heads} key-value heads")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, but rotary positions turn pairs")
-        frequencies = rope_frequencies(self, torch.device("cpu"))
-        if not ((frequencies > 0) & frequencies.isfinite()).all():
-            raise ValueError(f"there are no rotary positions with rope_scaling {self.rope_scaling}")
 
     @classmethod
     def from_name(cls, name: str, **changes) -> LlamaConfig:

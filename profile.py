@@ -1,9 +1,8 @@
-"""What gisting saves, and how fast everything is: FLOPs, time, memory.
+"""What gisting saves, and how fast everything is: FLOPs, time, the cache's memory.
 
     python profile.py paper                        # the paper's efficiency table, from shapes alone
     python profile.py run OUT_DIR                  # the same of a real model, with times
     python profile.py train|generate OUT_DIR       # throughput
-    python profile.py memory --preset llama-7b --gpus 4    # will the training fit?
 
 Before the first token of an answer, a model reads p prompt tokens, n gist tokens and q input
 tokens. What a cache has kept of the prompt decides how many of them are new, and how many keys
@@ -249,33 +248,6 @@ def train(
     print(f"{10_000 * batch_size * length / ms:,.0f} tokens/s, {ms / 10:.1f} ms a step")
 
 
-def memory(
-    *, preset: str = "llama-7b", gpus: int = 1, micro_batch: int = 8, length: int = 512
-) -> None:
-    """Estimate what training with AdamW and FSDP takes on every GPU.
-
-    Weights, gradients and AdamW's two moments are exact: 16 bytes a parameter, spread over the
-    GPUs. For the backward pass, a layer keeps about 36·d_model + 8·d_ff bytes of every token in
-    bf16 (T5, for its biases and its cross-attention: 72·d_model); or, with
-    --checkpoint_activations, its fp32 input, and all of that for one layer at a time. Not counted:
-    logits, and the whole weights of the layers at work.
-
-    --length: tokens of an example; T5: of its source, and of its output. --micro_batch: examples at
-    once on a GPU.
-    """
-    model = new_model(preset, "meta")
-    c = model.config
-    n_layers = c.n_layers + (c.n_decoder_layers if is_t5(c) else 0)
-    states = 16 * sum(p.numel() for p in model.parameters()) / gpus
-    tokens = micro_batch * length
-    width = 72 if is_t5(c) else 36
-    layer = tokens * (width * c.d_model + 8 * c.d_ff)
-    checkpointed = n_layers * tokens * 4 * c.d_model + layer
-    print(f"{states / 2**30:8.1f} GiB of weights, gradients and optimizer state")
-    print(f"{n_layers * layer / 2**30:8.1f} GiB of activations")
-    print(f"{checkpointed / 2**30:8.1f} GiB of them with --checkpoint_activations")
-
-
 # ---- The command line ----
 
 # (`run` itself is the standard library's, once this file is imported.)
@@ -284,7 +256,6 @@ COMMANDS = {
     "run": [run_model, open_model],
     "train": [train, open_model],
     "generate": [generate, open_model],
-    "memory": [memory],
 }
 
 

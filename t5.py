@@ -365,10 +365,6 @@ HF_CONFIG = {
 # fmt: off
 PRESETS = {
     "t5-tiny": dict(),
-    "t5-small": dict(vocab_size=32128, d_model=512, n_layers=6, n_decoder_layers=6, n_heads=8,
-                     head_dim=64, d_ff=2048, gated=False, tie_embeddings=True),
-    "flan-t5-small": dict(vocab_size=32128, d_model=512, n_layers=8, n_decoder_layers=8, n_heads=6,
-                          head_dim=64, d_ff=1024),
     "flan-t5-xxl": dict(vocab_size=32128, d_model=4096, n_layers=24, n_decoder_layers=24,
                         n_heads=64, head_dim=64, d_ff=10240),
 }

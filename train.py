@@ -736,16 +736,27 @@ def fill_in(config: Config) -> Config:
 
 
 def make_model(config: Config, records: list[dict], tokenizer=None):
-    """The model and its tokenizer: from config.init_from, or new. On the CPU."""
+    """The model and its tokenizer: from config.init_from, or new. On the CPU.
+
+    A gist token that is new starts as the mean of all others. That is next to nothing, so what it
+    is from the first layer on is what it has read.
+    """
     if config.init_from:
         model, own = data.load_model(config.init_from, base=config.base)
         tokenizer = tokenizer or own
         if tokenizer is None:
             raise DataError(f"{config.init_from}: no tokenizer; add the model's")
-        if "gisting" not in data.read_config(config.init_from):
-            data.add_gist_token(model, tokenizer)
-        return model, tokenizer
-    tokenizer = tokenizer or data.train_tokenizer(records, config.vocab_size)
+        if "gisting" in data.read_config(config.init_from):
+            return model, tokenizer
+    else:
+        tokenizer = tokenizer or data.train_tokenizer(records, config.vocab_size)
+        model = new_model(config, tokenizer)
+    data.add_gist_token(model, tokenizer)
+    return model, tokenizer
+
+
+def new_model(config, tokenizer):
+    """A small model with random weights."""
     d, heads, layers = config.d_model, config.n_heads, config.n_layers
     shape = {"d_model": d, "n_layers": layers, "n_heads": heads, "head_dim": d // heads}
     shape["vocab_size"] = tokenizer.vocab_size
@@ -755,7 +766,7 @@ def make_model(config: Config, records: list[dict], tokenizer=None):
         shape |= {"n_decoder_layers": layers, "start_id": tokenizer.pad_id}
         model = T5(T5Config(**shape, d_ff=2 * d))
     model.init_weights(torch.Generator().manual_seed(config.seed))
-    return model, tokenizer
+    return model
 
 
 def train(config: Config) -> int | None:

@@ -61,7 +61,6 @@ table() {
 
 profile() {
     python profile.py paper
-    python profile.py run smollm2-135m --prompt_tokens 32 64 128 256 512 --out assets/profile.png
 }
 
 smollm2() {
@@ -69,6 +68,7 @@ smollm2() {
         run "smollm2-$condition" --condition $condition --init_from "$SMOLLM2" --data "$ALPACA" \
             --epochs 1 --batch_size 8 --lr 2e-4
     done
+    python profile.py run "$SMOLLM2" --prompt_tokens 32 64 128 256 512 --out assets/profile.png
 }
 
 paper() {
