@@ -810,9 +810,14 @@ def make_parser(description: str, commands: dict[str, list]) -> argparse.Argumen
     return parser
 
 
-def main():
-    options = vars(make_parser("Answer, score and compare.", COMMANDS).parse_args())
+def run_command(description: str, commands: dict[str, list]) -> None:
+    """Call the function that the command line names, with its flags."""
+    options = vars(make_parser(description, commands).parse_args())
     options.pop("function")(**options)
+
+
+def main():
+    run_command("Answer, score and compare.", COMMANDS)
 
 
 if __name__ == "__main__":

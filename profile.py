@@ -28,7 +28,6 @@ hands on that module's names (last lines), and imports torch only where it is us
 
 from __future__ import annotations
 
-import argparse
 import os
 import runpy
 from functools import partial
@@ -259,15 +258,10 @@ COMMANDS = {
 }
 
 
-def make_parser() -> argparse.ArgumentParser:
+def main():
     import eval
 
-    return eval.make_parser("What gisting saves, and how fast everything is.", COMMANDS)
-
-
-def main():
-    options = vars(make_parser().parse_args())
-    options.pop("function")(**options)
+    eval.run_command("What gisting saves, and how fast everything is.", COMMANDS)
 
 
 if __name__ == "__main__":

@@ -396,8 +396,6 @@ class T5Config:
         check_numbers(self, HF_CONFIG)
         if self.start_id not in range(self.vocab_size):
             raise ValueError(f"decoder_start_token_id is {self.start_id}, expected a token's id")
-        if self.n_buckets < 4 or self.max_distance <= self.n_buckets:
-            raise ValueError(f"{self.n_buckets} buckets cannot hold {self.max_distance} distances")
 
     @property
     def hf_names(self) -> dict[str, str]:

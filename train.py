@@ -651,14 +651,13 @@ CHOICES = {
 MAY_BE_0 = ("n_gist", "max_steps", "seed")
 AT_MOST = {"beta2": 0.9999, "warmup": 1}
 
-# The paper's hyperparameters (section 4.1 and appendix A) for the pretrained model in --init_from.
-# Its code sets no betas, so they are AdamW's usual ones. What differs here: T5's dropout of 0.1 was
-# active while the paper trained; our T5 has none.
+# The paper's hyperparameters (section 4.1 and appendix A) for the pretrained model in --init_from,
+# which AdamW trains. The paper's code sets no betas, so they are AdamW's usual ones. What differs
+# here: T5's dropout of 0.1 was active while the paper trained; our T5 has none.
 PRESETS = {
     "llama-7b": {
         "max_steps": 3000,
         "batch_size": 128,
-        "optimizer": "adamw",
         "lr": 2e-5,
         "beta2": 0.999,
         "schedule": "cosine",
@@ -668,7 +667,6 @@ PRESETS = {
     "flan-t5-xxl": {
         "max_steps": 16000,
         "batch_size": 16,
-        "optimizer": "adamw",
         "lr": 5e-5,
         "beta2": 0.999,
         "schedule": "constant",
@@ -792,8 +790,8 @@ def train(config: Config) -> int | None:
             config.max_steps = math.ceil(config.epochs * per_epoch)
         if is_first():
             n = sum(p.numel() for p in model.parameters())
-            sizes = f"{n:,} parameters, {len(examples):,} examples ({skipped} skipped)"
-            print(f"{out_dir}: {sizes}", flush=True)
+            found = f"{len(examples):,} examples ({skipped} skipped)"
+            print(f"{out_dir}: {n:,} parameters, {found}", flush=True)
         return fit(model, tokenizer, examples, config, out_dir=out_dir, validation=validation)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from make_table import FILE, rows
 
+import eval
 import gist_mask
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +42,7 @@ def parse(command: str, monkeypatch) -> None:
     program = importlib.import_module(module)
     with pytest.raises(Parsed):
         if module == "profile":  # once imported, its `main` is the standard module's
-            program.make_parser().parse_args()
+            eval.make_parser("", program.COMMANDS).parse_args()
         else:
             program.main()
 

@@ -84,6 +84,15 @@ def test_validation_losses_in_the_log_are_those_of_the_evaluation(run):
     assert "loss_seen" not in entries[-1]  # there is no such file
 
 
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_the_gist_token_of_a_new_model_starts_as_the_mean_of_the_others(folder, arch):
+    model, tokenizer = train.make_model(small(folder, arch=arch), data.builtin(200, 1)["train"])
+    for table in filter(None, (model.embedding, model.output)):
+        *others, gist = table.weight
+        assert tokenizer.gist_id == len(others)
+        torch.testing.assert_close(gist, sum(others) / len(others))
+
+
 def test_config_json_says_how_the_run_was_made(run, folder):
     gisting = data.read_config(run[0])["gisting"]
     assert {field.name for field in fields(train.Config)} <= gisting.keys()
@@ -282,11 +291,11 @@ def test_presets_are_the_papers_and_the_command_line_overrides_them(name, monkey
     paper = {"llama-7b": (3000, 128, 2e-5, "cosine"), "flan-t5-xxl": (16000, 16, 5e-5, "constant")}
     config = flags()
     assert (config.max_steps, config.batch_size, config.lr, config.schedule) == paper[name]
-    assert config.optimizer == "adamw" and config.weight_decay == 0 and config.dtype == "bfloat16"
+    assert config.optimizer is None and config.weight_decay == 0 and config.dtype == "bfloat16"
     assert config.beta2 == 0.999  # the paper's code sets no betas: AdamW's own
     assert flags("--lr", "1e-4", "--batch_size", "2").lr == 1e-4
     model = torch.nn.Linear(2, 2)
-    (adamw,) = train.make_optimizers(model, config)
+    (adamw,) = train.make_optimizers(model, replace(config, optimizer="adamw"))
     assert adamw.param_groups[0]["betas"] == (0.9, 0.999)
 
 
