@@ -1,5 +1,6 @@
 """The worked solutions run, and gists that they cache answer exactly as their masks say."""
 
+import json
 import random
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from exercises import (  # isort: skip
     cartridge,
     gist_library,
     gist_pretraining,
+    learning_curve,
     live_table,
     long_prompts,
     mean_of_two_gists,
@@ -160,6 +162,24 @@ def test_mean_of_two_gists_begins_and_ends_with_one_of_them(arch, make_run, toke
     a, b = (model.compress(torch.tensor([[5, word, 6]])) for word in (7, 8))
     for t, end in ((0.0, a), (1.0, b)):
         assert torch.equal(mean_of_two_gists.blend(a, b, t).keys, end.keys)
+
+
+def test_learning_curve_gives_the_share_and_the_interval_of_a_binomial(tmp_path):
+    """Where neg_control is always wrong and pos_control always right, the share is a proportion."""
+    n, right = 400, {"neg_control": 0, "gist": 120, "pos_control": 400}
+    for condition, k in right.items():
+        folder = tmp_path / condition
+        folder.mkdir()
+        rows = [f"x,{'fox' if i < k else 'cup'},fox" for i in range(n)]
+        (folder / "outputs-unseen.csv").write_text("\n".join(["x,y_pred,y_true", *rows]))
+        (folder / "metrics.json").write_text(json.dumps({"steps": 7, "condition": condition}))
+    picture = tmp_path / "curve.png"
+    text = run("learning_curve", *map(tmp_path.joinpath, right), "--out", picture)
+    assert text.splitlines()[1].split()[:5] == ["7", "0.0", "30.0", "100.0", "30.0"]
+    scores = [learning_curve.read_scores(tmp_path / c, "unseen", "rougeL")[2] for c in right]
+    spread = 1.96 * (0.3 * 0.7 / n) ** 0.5
+    assert learning_curve.interval(*scores) == pytest.approx((0.3 - spread, 0.3 + spread), abs=0.01)
+    assert picture.stat().st_size > 5000
 
 
 # ---- The table ----
