@@ -762,7 +762,7 @@ def new_model(config, tokenizer):
         model = Llama(LlamaConfig(**shape, n_kv_heads=heads, d_ff=3 * d))
     else:
         shape |= {"n_decoder_layers": layers, "start_id": tokenizer.pad_id}
-        model = T5(T5Config(**shape, d_ff=2 * d))
+        model = T5(T5Config(**shape, d_ff=2 * d, tie_embeddings=True))
     model.init_weights(torch.Generator().manual_seed(config.seed))
     return model
 
@@ -790,8 +790,10 @@ def train(config: Config) -> int | None:
             config.max_steps = math.ceil(config.epochs * per_epoch)
         if is_first():
             n = sum(p.numel() for p in model.parameters())
-            found = f"{len(examples):,} examples ({skipped} skipped)"
-            print(f"{out_dir}: {n:,} parameters, {found}", flush=True)
+            print(
+                f"{out_dir}: {n:,} parameters, {len(examples):,} examples ({skipped} skipped)",
+                flush=True,
+            )
         return fit(model, tokenizer, examples, config, out_dir=out_dir, validation=validation)
 
 
