@@ -949,7 +949,7 @@ def run(main):
     sys.exit(status)
 
 
-def at_least(low, kind=int, at_most=sys.maxsize):
+def at_least(low, kind=int, at_most=1_000_000_000):
     """A type for argparse: a number in a range; not-a-number and infinity are in none."""
 
     def parse(text):
@@ -998,15 +998,26 @@ def main():
     """Print the tokens of a record, and what the mask, the model and the loss get of them."""
     from gist_mask import positions, segments
 
-    records = builtin(5000, 1)["train"]
-    tokenizer = train_tokenizer(records, 1200)
-    example = layout(records[0], tokenizer, n_gist=1)
+    tokenizer = train_tokenizer(builtin(5000, 1)["train"], 1200)
+    record = {
+        "instruction": "Put lamp at the front.",
+        "input": "fox cup sun",
+        "output": "lamp fox cup sun",
+    }
+    example = layout(record, tokenizer, n_gist=1)
     tokens, _, targets = collate([example], tokenizer.pad_id).values()  # (1, T)
     place = (tokens, tokenizer.gist_id)
     columns = torch.cat([tokens, segments(*place), positions(*place), targets])  # (4, T)
-    print(json.dumps(example.record), "\n  id  segment  position  target  piece")
+    special = {tokenizer.bos_id: "<s>", tokenizer.gist_id: "<G>", tokenizer.eos_id: "</s>"}
+    print(
+        f"{json.dumps(record)}\n"
+        "segment: 0 prompt, 1 gist, 2 input and output\n"
+        "target: the next token if it is to be learned, or -100\n"
+        "  id  segment  position  target  piece"
+    )
     for row in columns.T.tolist():
-        print("{:4} {:8} {:9} {:7} ".format(*row), repr(tokenizer.decode(row[:1])))
+        piece = special.get(row[0]) or repr(tokenizer.decode(row[:1]))
+        print("{:4} {:8} {:9} {:7} ".format(*row), piece)
 
 
 if __name__ == "__main__":

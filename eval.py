@@ -522,33 +522,29 @@ def compress(
     column = gist.nbytes / gist.length / 1024  # KiB
     print(
         f"{n} prompt tokens, gist tokens: {gist.length}, {n / gist.length:.1f} times smaller; "
-        f"cache {n * column:.2f} KiB before, {gist.nbytes / 1024:.2f} KiB after\n"
-        "(whole prompt: the same model without its gist, which it was not trained for)"
+        f"cache {n * column:.2f} KiB before, {gist.nbytes / 1024:.2f} KiB after"
     )
     if input == ["-"]:
         input = sys.stdin.buffer.read().decode(errors="replace").splitlines()
     for text in input or [""]:
-        print(f"\ninput         {text}")
         record = {"instruction": instruction, "input": text, "output": ""}
-        for name, n_gist, cache in (
-            ("from the gist", gist.length, gist),
-            ("whole prompt ", 0, None),
-        ):
-            e = data.layout(record, tokenizer, n_gist, config["arch"])
-            texts = answer(model, tokenizer, [e], config["condition"], max_new_tokens, cache)
-            print(name, texts[0])
+        example = data.layout(record, tokenizer, config["n_gist"], config["arch"])
+        answers = answer(model, tokenizer, [example], config["condition"], max_new_tokens, gist)
+        print(f"\ninput   {text}\nanswer  {answers[0]}")
 
 
 def compress_instruction(instruction, model, tokenizer, config):
     """Its tokens with the gist tokens, (1, P) int64, and its gist. Raises data.DataError."""
+    if not instruction.strip():
+        raise data.DataError("--instruction is empty; give what to compress")
     record = {"instruction": instruction, "input": "", "output": ""}
     prompt = data.layout(record, tokenizer, config["n_gist"], config["arch"]).prompt
     tokens = torch.tensor([prompt], device=model.embedding.weight.device)
     cache = compress_prompts(model, tokens, None, tokenizer.gist_id, config["condition"])
-    if cache.length != config["n_gist"] or not instruction.strip():
+    if cache.length != config["n_gist"]:
         raise data.DataError(
-            f"cannot compress {instruction!r}: it is empty, or with condition "
-            f"{config['condition']} the input does not see just the {config['n_gist']} gist tokens"
+            f"cannot compress: with condition {config['condition']} the input does not see just "
+            "the gist tokens; give another run"
         )
     return tokens, cache
 
@@ -810,7 +806,7 @@ def make_parser(description: str, commands: dict[str, list]) -> argparse.Argumen
     return parser
 
 
-def run_command(description: str, commands: dict[str, list]) -> None:
+def run_command(description, commands):
     """Call the function that the command line names, with its flags."""
     options = vars(make_parser(description, commands).parse_args())
     options.pop("function")(**options)

@@ -20,7 +20,7 @@ instruction.
     mask[q, k] = TABLE[condition][segment(q)][segment(k)]  and  k is not padding
                  and, in a decoder, k <= q;      or  k = q: every token sees itself
 
-A row without gist tokens is not masked, but for padding and, in a decoder, later tokens.
+A sequence without gist tokens is not masked, but for padding and, in a decoder, later tokens.
 
 TABLE is the only place that knows a condition. Training, answering and measuring all ask this file,
 so a new entry there is a new condition everywhere.
@@ -51,13 +51,12 @@ TABLE = {
                     [0, 0, 1]],
 }
 # fmt: on
-CONDITIONS = tuple(TABLE)  # those of the paper
 
 
 def segments(tokens: Tensor, gist_id: int) -> Tensor:
-    """Label every token: 0 prompt (before the first gist), 1 gist, 2 input (after the last).
+    """Label every token: 1 gist, 2 input (after the last gist token), 0 prompt (all others).
 
-    tokens: (B, T) int64. Returns (B, T) int64. A row without gist tokens is all input.
+    tokens: (B, T) int64. Returns (B, T) int64. A sequence without gist tokens is all input.
     """
     is_gist = tokens == gist_id  # (B, T)
     gists_so_far = is_gist.cumsum(dim=1)  # (B, T) this token included
@@ -69,9 +68,9 @@ def segments(tokens: Tensor, gist_id: int) -> Tensor:
 def positions(tokens: Tensor, gist_id: int) -> Tensor:
     """Count positions from the gist: 0 at the first gist token, negative in the prompt.
 
-    tokens: (B, T) int64. Returns (B, T) int64. A row without gist tokens counts from its first
-    column. Only differences of positions enter the models, so where the count starts changes no
-    output. But a gist that was computed once then fits any input.
+    tokens: (B, T) int64. Returns (B, T) int64. A sequence without gist tokens counts from its
+    first column. Only differences of positions enter the models, so where the count starts changes
+    no output. But a gist that was computed once then fits any input.
     """
     first_gist = (tokens == gist_id).int().argmax(dim=1, keepdim=True)  # (B, 1)
     return torch.arange(tokens.shape[1], device=tokens.device) - first_gist
@@ -93,8 +92,8 @@ def encoder_mask(
     """The mask of an encoder: the table, looked up for every pair of query and key.
 
     tokens: (B, T) int64; attention_mask: (B, T) bool, False on padding. Returns (B, 1, T, T) bool,
-    True = may attend. A row without gist tokens is not masked, whatever the table says. Every token
-    sees itself, padding too, so that no softmax is over nothing.
+    True = may attend. A sequence without gist tokens is not masked, whatever the table says. Every
+    token sees itself, padding too, so that no softmax is over nothing.
     """
     segment = segments(tokens, gist_id)  # (B, T)
     mask = table(condition, tokens.device)[segment[:, :, None], segment[:, None, :]]  # (B, T, T)

@@ -83,7 +83,7 @@ def batch_loss(model, batch: dict[str, Tensor], gist_id: int, condition: str) ->
 
 
 def accumulate_gradients(model, examples, tokenizer, config, loss_function=batch_loss) -> float:
-    """Add the gradient of the mean loss of a label to the weights' .grad, a micro-batch at a time.
+    """Add the gradient of a batch's mean loss per label to the weights' .grad.
 
     Every process takes its share of the examples and returns its share of the loss. Each sum is
     divided by the labels of the whole batch, so how the batch is cut changes nothing.
@@ -159,7 +159,7 @@ def fit(
     data_hash = hashlib.sha256(repr(examples).encode()).hexdigest()
     run = asdict(config) | {"data_hash": data_hash, "steps": 0, "seconds": 0.0}
     log_file = open_run(out_dir, config, model, tokenizer, optimizers, run)
-    step, ema, signals = run["steps"], None, []
+    step, ema, signals = run["steps"], None, []  # not at 0, if the run is resumed
     bar = tqdm(total=config.max_steps, initial=step, desc="train", disable=not is_first())
     model.train()
     with open(log_file, "a") as log, bar, caught_signals() as caught:
@@ -255,13 +255,13 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            decay, updates = group["momentum"], []
+            momentum, updates = group["momentum"], []
             for p in group["params"]:
                 state = self.state[p]
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
-                momentum = state["momentum"].mul_(decay).add_(p.grad)
-                updates.append(p.grad + decay * momentum)  # Nesterov: look a step ahead
+                mean = state["momentum"].mul_(momentum).add_(p.grad)
+                updates.append(p.grad + momentum * mean)  # Nesterov: look a step ahead
             updates = orthogonalize_shared(torch.stack(updates))  # (N, m, n)
             m, n = updates.shape[1:]
             for p, update in zip(group["params"], updates, strict=True):
@@ -718,7 +718,9 @@ def fill_in(config: Config) -> Config:
         if value not in (None, *choices):
             raise DataError(f"--{name} {value}: choose from {', '.join(choices)}")
     if config.n_gist == 0 and not gist_mask.table(config.condition).all():
-        raise DataError(f"--condition {config.condition} hides something: it needs --n_gist 1")
+        raise DataError(
+            f"--condition {config.condition} needs a gist token: give --n_gist 1, or more"
+        )
     if config.d_model % (2 * config.n_heads):
         raise DataError("--d_model must be an even multiple of --n_heads")
     follows = {

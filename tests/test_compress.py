@@ -48,7 +48,7 @@ def test_it_answers_as_the_evaluation_does(arch, tmp_path, capsys):
     e = data.layout(record, tokenizer, 2, arch)
     expected = evaluation.answer(model, tokenizer, [e], "gist", 5)[0]
     printed = compress(run, capsys, instruction="Say it.", input=["fox cup"])
-    assert f"from the gist {expected}\n" in printed
+    assert f"answer  {expected}\n" in printed
 
 
 @pytest.mark.parametrize("text", [b"key\npen ring\n", b"", b"caf\xe9\nb"])
@@ -56,7 +56,7 @@ def test_inputs_come_from_standard_input(text, tmp_path, capsys, monkeypatch):
     run = make_run(tmp_path / "run")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
     printed = compress(run, capsys, instruction="Say it.", input=["-"])
-    assert printed.count("from the gist") == max(1, len(text.splitlines()))
+    assert printed.count("\nanswer  ") == max(1, len(text.splitlines()))
 
 
 def test_what_cannot_be_compressed_is_refused(tmp_path, capsys):

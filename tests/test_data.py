@@ -503,7 +503,7 @@ def test_the_file_shows_one_record_on_its_way():
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) <= 40
     shown = json.loads(lines[0])
-    ids, segments, positions, targets = zip(*[map(int, line.split()[:4]) for line in lines[2:]])
+    ids, segments, positions, targets = zip(*[map(int, line.split()[:4]) for line in lines[4:]])
     assert sorted(segments) == list(segments) and segments.count(1) == 1
     assert positions[segments.index(1)] == 0 and positions[-1] - positions[0] == len(ids) - 1
     assert len([t for t in targets if t != IGNORE_INDEX]) > len(shown["output"].split())

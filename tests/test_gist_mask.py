@@ -9,7 +9,7 @@ import torch
 
 import gist_mask
 from gist_mask import (
-    CONDITIONS,
+    TABLE,
     cross_mask,
     decoder_mask,
     encoder_mask,
@@ -59,7 +59,7 @@ def may_attend(row, valid, q, k, condition, decoder):
 
 
 @pytest.mark.parametrize("n_gist", [0, 1, 2, 5, 10])
-@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("condition", TABLE)
 @pytest.mark.parametrize("prompt_only", [False, True])
 def test_masks_are_those_of_the_rule_in_words(n_gist, condition, prompt_only):
     for seed in range(10):
@@ -108,7 +108,7 @@ def test_a_new_table_is_a_new_mask_entry_by_entry(seed, monkeypatch):
 
 def test_every_entry_of_every_table_is_live():
     tokens = torch.tensor([[3, 4, GIST, GIST, 5, 6]])
-    for condition in CONDITIONS:
+    for condition in TABLE:
         before = encoder_mask(tokens, GIST, condition)
         for entry in range(9):
             table = [row[:] for row in gist_mask.TABLE[condition]]
@@ -147,7 +147,7 @@ def test_the_command_prints_the_masks():
     script = Path(__file__).parent.parent / "gist_mask.py"
     command = [sys.executable, script, "--n_gist", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and all(condition in done.stdout for condition in CONDITIONS)
+    assert done.returncode == 0 and all(condition in done.stdout for condition in TABLE)
     gist = done.stdout.split("\n\n")[0].splitlines()
     assert gist[1].split() == "Translate to French <G> <G> The cheese Output: Le fromage".split()
     assert gist[7].split() == "The . . . x x x . . . .".split()

@@ -84,7 +84,7 @@ def test_the_masks_tables_are_those_of_the_code():
     rows = re.findall(r"^\| (prompt|gist|input) \|(.+)\|$", README, re.MULTILINE)
     assert len(rows) >= 3
     for row, cells in rows:
-        for condition, cell in zip(gist_mask.CONDITIONS, cells.split("|"), strict=False):
+        for condition, cell in zip(gist_mask.TABLE, cells.split("|"), strict=False):
             seen = set(names) if cell.strip() == "all" else set(cell.strip().split(", "))
             table = gist_mask.TABLE[condition][names.index(row)]
             assert seen == {name for name, may in zip(names, table, strict=True) if may}

@@ -345,7 +345,7 @@ def test_bad_input_shows_no_traceback(folder, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("condition", gist_mask.CONDITIONS)
+@pytest.mark.parametrize("condition", gist_mask.TABLE)
 def test_a_table_that_hides_something_needs_gist_tokens(condition):
     config = train.Config(condition=condition, n_gist=0, device="cpu")
     if all(min(row) == 1 for row in gist_mask.TABLE[condition]):

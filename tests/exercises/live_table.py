@@ -6,13 +6,15 @@ For each of the nine entries, flipped: does an encoder's mask change, does a dec
 are the logits of the input, computed from a cache of the gist's columns alone, from those of the
 whole row under the mask? Flipping an entry can take three things away:
 
-- input -> prompt: the input sees the prompt, of which the gist's columns are only a part. The cache
-  has to keep every column (`eval.compress_prompts` does), and is exact, but no longer small.
+- input -> prompt: the input sees the prompt, of which the gist's columns are only a part. A cache
+  would have to keep every column (`eval.compress_prompts` does): exact, but no longer small.
 - prompt -> input, gist -> input: in an encoder, what the gist holds depends on the input, so that
   nothing can be computed before it is there. (A decoder's tokens see no later ones: no change.)
 - input -> gist: the cache is exact, but its columns are not seen any more: nothing has to be kept.
 
-The others change what the gist holds, and training would notice; a cached gist stays exact.
+The others change what the gist holds, and training would notice; a cached gist stays exact. So what
+is printed, with the gist's columns alone: below 1e-5, which is rounding, a cached gist is exact; it
+is not for input -> prompt and, in an encoder, for prompt -> input and gist -> input.
 """
 
 import torch
