@@ -1,6 +1,6 @@
 """The tables of README.md and assets/results.md, from the runs' own files.
 
-    python tests/make_table.py out/results/*      # writes assets/results.json, prints both tables
+    python tests/make_table.py out/results/*      # puts them into assets/results.json, prints all
     python tests/make_table.py                    # prints them again from assets/results.json
 
 A row is a setting, with the mean over its seeds and, where there are several, their range.
@@ -60,5 +60,6 @@ def rows(runs: dict) -> dict[tuple[str, str], str]:
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        FILE.write_text(json.dumps(read_runs(sys.argv[1:]), indent=1) + "\n")
+        runs = json.loads(FILE.read_text()) | read_runs(sys.argv[1:])
+        FILE.write_text(json.dumps(dict(sorted(runs.items())), indent=1) + "\n")
     print("\n".join(rows(json.loads(FILE.read_text())).values()))
