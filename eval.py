@@ -725,7 +725,7 @@ def read_judgments(file):
 
 
 def winrates_of(file):
-    """Win rate of a against b, ties as half, with its 95 % interval. Raises data.DataError.
+    """Win rate of a against b, ties as half, with its 95% interval. Raises data.DataError.
 
     A second row follows for scores in the file, as its choices may not add up to them.
     """
@@ -742,7 +742,7 @@ def winrates_of(file):
 
 
 def wilson(rate, n):
-    """A share of n, with Wilson's 95 % confidence interval."""
+    """A share of n, with Wilson's 95% confidence interval."""
     z = 1.959964
     middle = rate + z**2 / (2 * n)
     half = z * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))

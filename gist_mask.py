@@ -2,7 +2,7 @@
 
 A sequence is cut into three segments by its gist tokens G: the prompt before them, the gist tokens,
 and the input after them (in a decoder, the output belongs to the input). The input may not look at
-the prompt, so whatever it needs of the prompt has to pass through the gist tokens. The paper's
+the prompt, so whatever it needs from the prompt has to pass through the gist tokens. The paper's
 Figure 2, for "prompt prompt G input input" and a decoder:
 
          gist               pos_control          neg_control
@@ -20,7 +20,7 @@ instruction.
     mask[q, k] = TABLE[condition][segment(q)][segment(k)]  and  k is not padding
                  and, in a decoder, k <= q;      or  k = q: every token sees itself
 
-A sequence without gist tokens is not masked, but for padding and, in a decoder, later tokens.
+A sequence without gist tokens is not masked, except for padding and, in a decoder, later tokens.
 
 TABLE is the only place that knows a condition. Training, answering and measuring all ask this file,
 so a new entry there is a new condition everywhere.
@@ -137,7 +137,7 @@ def cross_mask(
 def prompt_sees_input(condition: str) -> bool:
     """Does the table let prompt or gist look at the input?
 
-    Then an encoder can compute nothing of the prompt before the input is there. (A decoder always
+    Then an encoder cannot encode the prompt until the input is known. (A decoder always
     can: its tokens see no later ones.)
     """
     return bool(table(condition)[:INPUT, INPUT].any())

@@ -2,7 +2,7 @@
 
     python train.py --n_gist 1                             # random weights, built-in instructions
     python train.py --n_gist 1 --init_from DIR --data DIR  # a pretrained model, real instructions
-    torchrun --nproc_per_node 4 train.py ...               # several GPUs, a part of it on each
+    torchrun --nproc_per_node 4 train.py ...               # several GPUs, part of the model on each
 
     loss = - sum log p(output token | what the mask lets it see) / number of output tokens
 
@@ -41,7 +41,7 @@ from itertools import accumulate
 from pathlib import Path
 
 # Threads that spin while they wait make a busy machine ten times slower; those that never spin make
-# a quiet one 1.4 times slower. A short spin has both. OpenMP reads this when torch is imported.
+# a quiet one 1.4 times slower. A short spin avoids both. OpenMP reads this when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -150,7 +150,7 @@ def fit(
     written. validation: lists of data.Example by name, whose loss the log gets every
     config.eval_every steps.
 
-    Ctrl-C and SIGTERM end the training with the step that they come in. Returns the signal's
+    Ctrl-C and SIGTERM end training after the current step. Returns the signal's
     number, else None. Raises DataError if loss or weights are no longer finite, or if out_dir does
     not allow this run.
     """
@@ -170,7 +170,7 @@ def fit(
             step += 1
             share = accumulate_gradients(model, batch, tokenizer, config, loss_function)
             loss = sum(from_all(share))
-            signals = sum(from_all(caught), [])  # one process is to stop: all of them stop
+            signals = sum(from_all(caught), [])  # if one has to stop, all of them stop
             norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)).item()
             update(optimizers, factor)
             weights = whole(nn.utils.get_total_norm(model.parameters())).item()
@@ -213,7 +213,7 @@ def batches(examples, config, start):
 
 
 def check_finite(step, **values):
-    """Raise DataError if a value is infinite or not a number, as a norm is if one number is."""
+    """Raise DataError if a value is infinite or NaN (for a norm, one such number is enough)."""
     for name, value in values.items():
         if not math.isfinite(value):
             raise DataError(
@@ -246,7 +246,7 @@ def caught_signals():
 class Muon(Optimizer):
     """Momentum, orthogonalized: a matrix moves by the (semi-)orthogonal matrix nearest to it.
 
-    All directions of the update get the same size, also those whose gradients are small, and a tiny
+    All directions of the update get the same size, even those whose gradients are small, and a tiny
     model needs fewer steps than with AdamW. For matrices inside the layers; those of a group have
     one shape. In fp32, as bf16 is emulated on many CPUs. Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon
@@ -329,7 +329,7 @@ def make_optimizers(model, config):
 
 
 def update(optimizers, factor):
-    """Move the weights, with this part of the peak learning rates."""
+    """Move the weights, at this fraction of the peak learning rates."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak_lr"]
@@ -338,7 +338,7 @@ def update(optimizers, factor):
 
 
 def lr_factor(step, config):
-    """The part of the peak learning rate at a step: linear warm-up, then the schedule."""
+    """The fraction of the peak learning rate at a step: linear warm-up, then the schedule."""
     warmup = max(1, round(config.warmup * config.max_steps))
     if step < warmup:
         return (step + 1) / warmup
@@ -435,7 +435,7 @@ def whole(x):
 # ---- What a run keeps in out_dir ----
 #
 # torch.distributed.checkpoint saves weights and optimizer state: every process writes and reads its
-# own parts, and another number of processes can go on from them. One process does the same.
+# own parts, and a different number of processes can resume from them. One process does the same.
 
 LOG = "train_log.jsonl"  # where this is, there is a run
 # fmt: off
@@ -653,7 +653,7 @@ AT_MOST = {"beta2": 0.9999, "warmup": 1}
 
 # The paper's hyperparameters (section 4.1 and appendix A) for the pretrained model in --init_from,
 # which AdamW trains. The paper's code sets no betas, so they are AdamW's usual ones. What differs
-# here: T5's dropout of 0.1 was active while the paper trained; our T5 has none.
+# here: T5's dropout of 0.1 was active in the paper's training; our T5 has none.
 PRESETS = {
     "llama-7b": {
         "max_steps": 3000,
@@ -681,7 +681,7 @@ def read_flags() -> Config:
     """The command line; what it does not give is the preset's, then Config's."""
     parser = argparse.ArgumentParser(
         description="Train a model to compress prompts, evaluate it.",
-        argument_default=argparse.SUPPRESS,  # parsed is only what the command line gives
+        argument_default=argparse.SUPPRESS,  # parse only what the command line gives
     )
     parser.add_argument("--preset", choices=PRESETS, help="the paper's values for --init_from")
     helps = dict(re.findall(r"^    (\w+): .*  # (.*)", inspect.getsource(Config), re.M))
@@ -738,8 +738,8 @@ def fill_in(config: Config) -> Config:
 def make_model(config: Config, records: list[dict], tokenizer=None):
     """The model and its tokenizer: from config.init_from, or new. On the CPU.
 
-    A gist token that is new starts as the mean of all others. That is next to nothing, so what it
-    is from the first layer on is what it has read.
+    A gist token that is new starts as the mean of all others. That is close to zero, so from the
+    first layer on, the token is what attention has added.
     """
     if config.init_from:
         model, own = data.load_model(config.init_from, base=config.base)

@@ -34,7 +34,7 @@ def draw_n_gist(ax, runs: list[str], metric: str) -> None:
 
 
 def draw_winrates(ax, files: list[str]) -> None:
-    """A point with its 95 % interval for every file of judgments."""
+    """A point with its 95% interval for every file of judgments."""
     for file in files:
         for name, row in eval.winrates_of(file).items():
             below, above = row["rate"] - row["low"], row["high"] - row["rate"]

@@ -7,8 +7,8 @@
 `neg_control` sees nothing of the prompt, `pos_control` all of it. The gist's share of the way from
 one to the other is what it keeps:  share = (gist - neg_control) / (pos_control - neg_control).
 For every number of steps that all three conditions were trained for, this prints the three scores
-(ROUGE-L by default) of a split and the share, with its 95 % interval: of 1,000 sets of examples
-drawn with replacement, the same examples for all three, the middle 950 shares lie in it. Seconds.
+(ROUGE-L by default) of a split and the share, with its 95% interval: the middle 950
+of 1,000 shares, each from examples drawn with replacement, the same for all three. Seconds.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def share(neg: np.ndarray, gist: np.ndarray, pos: np.ndarray) -> float:
 
 
 def interval(neg: np.ndarray, gist: np.ndarray, pos: np.ndarray) -> tuple[float, float]:
-    """The share's 95 % interval, by the bootstrap."""
+    """The share's 95% interval, by the bootstrap."""
     rng = np.random.default_rng(0)
     drawn = rng.integers(len(gist), size=(1000, len(gist)))  # indices of examples
     shares = [share(neg[i], gist[i], pos[i]) for i in drawn]

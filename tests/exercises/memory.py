@@ -3,7 +3,7 @@
     python -m tests.exercises.memory --preset llama-7b --gpus 4 --micro_batch 4        # seconds
 
 Weights, gradients and AdamW's two moments are exact: 16 bytes a parameter, spread over the GPUs
-(FSDP). For the backward pass, a layer keeps about 36·d_model + 8·d_ff bytes of every token in bf16
+(FSDP). For the backward pass, a layer keeps about 36·d_model + 8·d_ff bytes per token in bf16
 (T5, for its biases and its cross-attention: 72·d_model); or, with --checkpoint_activations, its
 fp32 input, and all of that for one layer at a time. Not counted: logits, and the whole weights of
 the layers at work. Where do 36 and 8 come from? Count the tensors that a layer's backward needs;
@@ -18,7 +18,7 @@ import profile
 
 
 def estimate(config, n_parameters: int, gpus: int, tokens: int) -> tuple[float, float, float]:
-    """Bytes of states, of activations, and of these when checkpointed. tokens: of a micro-batch."""
+    """Bytes of states, of activations, and of checkpointed ones. tokens: per micro-batch."""
     is_t5 = profile.is_t5(config)
     n_layers = config.n_layers + (config.n_decoder_layers if is_t5 else 0)
     width = 72 if is_t5 else 36
