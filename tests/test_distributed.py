@@ -30,7 +30,7 @@ PATIENCE = 1800  # seconds that processes may take together; here they take a fe
 def config(folder, run, out, **changes):
     settings = {"data": str(folder), "out_dir": str(out), "n_gist": 2, "device": "cpu"}
     settings |= {"d_model": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 400}
-    settings |= {"batch_size": 7, "max_steps": 10, "save_every": 5}
+    settings |= {"batch_size": 7, "max_steps": 10, "save_every": 5, "eval_every": 5}
     return train.Config(**settings | RUNS[run] | changes)
 
 
@@ -67,10 +67,15 @@ def together(world, calls):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """64 examples: nine batches of 7 and one of a single example, which four processes share."""
+    """64 examples: nine batches of 7 and one of a single example, which four processes share.
+
+    And five to validate on.
+    """
     folder = tmp_path_factory.mktemp("data")
-    records = data.builtin(64, 1)["train"]
-    (folder / "a_train.json").write_text("\n".join(json.dumps(record) for record in records))
+    splits = data.builtin(64, 5)
+    for name, records in (("train", splits["train"]), ("validation_unseen", splits["unseen"])):
+        text = "\n".join(json.dumps(record) for record in records)
+        (folder / f"a_{name}.json").write_text(text)
     return folder
 
 
@@ -83,9 +88,9 @@ def alone(folder, tmp_path_factory):
     return out
 
 
-def losses(out):
-    lines = (out / "train_log.jsonl").read_text().splitlines()
-    return torch.tensor([json.loads(line)["loss"] for line in lines], dtype=torch.float64)
+def losses(out, name="loss"):
+    entries = map(json.loads, (out / "train_log.jsonl").read_text().splitlines())
+    return torch.tensor([e[name] for e in entries if name in e], dtype=torch.float64)
 
 
 def check(out, alone):
@@ -93,6 +98,9 @@ def check(out, alone):
     difference = (losses(out) / losses(alone) - 1).abs()
     assert difference[:5].max() < 1e-6  # a few units in the last place of an fp32 number
     assert difference.max() < 1e-4  # rounding grows
+    validation = losses(out, "loss_unseen")  # at steps 5 and 10
+    assert validation.shape == (2,)
+    assert (validation / losses(alone, "loss_unseen") - 1).abs().max() < 1e-4
     model, expected = data.load_model(out)[0], data.load_model(alone)[0]
     for (name, weight), other in zip(model.named_parameters(), expected.parameters(), strict=True):
         assert (weight - other).abs().max() < 1e-3, name
