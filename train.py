@@ -90,16 +90,16 @@ def accumulate_gradients(model, examples, tokenizer, config, loss_function=batch
     """
     _, world = rank_and_world()
     n_labels = max(1, sum(len(example.output) for example in examples))
-    batches = micro_batches(examples, tokenizer, config, config.micro_batch)
+    parts = micro_batches(examples, tokenizer, config, config.micro_batch)
     loss = 0.0
-    for batch in batches:
+    for batch in parts:
         if world > 1:  # Gradients travel once, with the last micro-batch. Until then every process
             # keeps whole ones, 4 bytes a parameter.
-            model.set_requires_gradient_sync(batch is batches[-1])
+            model.set_requires_gradient_sync(batch is parts[-1])
         with computing_in(config):
-            part = loss_function(model, batch, tokenizer.gist_id, config.condition) / n_labels
-        (part * world).backward()  # gradients are averaged over processes; we want their sum
-        loss += part.detach()  # stays on the device until it is whole
+            share = loss_function(model, batch, tokenizer.gist_id, config.condition) / n_labels
+        (share * world).backward()  # gradients are averaged over processes; we want their sum
+        loss += share.detach()  # stays on the device until it is whole
     return loss.item()
 
 
