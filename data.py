@@ -596,6 +596,9 @@ def read_pre_tokenizer(spec):
                 raise ValueError(f"a step of its pre-tokenizer is {json.dumps(step)}")
     if steps[-1]["type"] != "ByteLevel":
         raise ValueError("its pre-tokenizer is not byte-level")
+    in_python = re.sub(r"\\p\{\w+\}", "a", pattern)
+    if pattern and "" in [match[0] for match in re.finditer(in_python, "ab 1\n.")]:
+        raise ValueError(f"the pattern {pattern} matches nothing, and would lose text")
     return pattern
 
 
@@ -949,7 +952,7 @@ def run(main):
     sys.exit(status)
 
 
-def at_least(low, kind=int, at_most=1_000_000_000):
+def at_least(low, kind=int, at_most=4_294_967_295):
     """A type for argparse: a number in a range; not-a-number and infinity are in none."""
 
     def parse(text):
@@ -1008,7 +1011,6 @@ def main():
     tokens, _, targets = collate([example], tokenizer.pad_id).values()  # (1, T)
     place = (tokens, tokenizer.gist_id)
     columns = torch.cat([tokens, segments(*place), positions(*place), targets])  # (4, T)
-    special = {tokenizer.bos_id: "<s>", tokenizer.gist_id: "<G>", tokenizer.eos_id: "</s>"}
     print(
         f"{json.dumps(record)}\n"
         "segment: 0 prompt, 1 gist, 2 input and output\n"
@@ -1016,8 +1018,9 @@ def main():
         "  id  segment  position  target  piece"
     )
     for row in columns.T.tolist():
-        piece = special.get(row[0]) or repr(tokenizer.decode(row[:1]))
-        print("{:4} {:8} {:9} {:7} ".format(*row), piece)
+        is_gist = row[0] == tokenizer.gist_id
+        piece = "<G>" if is_gist else tokenizer.sp.id_to_piece(row[0])
+        print("{:4} {:8} {:9} {:7} ".format(*row), repr(piece))
 
 
 if __name__ == "__main__":

@@ -290,7 +290,7 @@ def score(pairs: list[tuple[str, str]]) -> dict[str, float]:
     return {"n": n} | scores | {"commonest": commonest / n}
 
 
-def print_table(rows: dict[str, dict]) -> None:
+def print_table(rows):
     """A line for every row: percent, except for whole numbers and the loss (nats per token)."""
     first = next(iter(rows.values()))
     columns = [key for key in first if key != "families"]
@@ -781,7 +781,7 @@ KINDS = {  # what argparse is to do for a parameter's type, and for some paramet
 }
 
 
-def make_parser(description: str, commands: dict[str, list]) -> argparse.ArgumentParser:
+def make_parser(description, commands):
     """A function's keyword-only parameters are flags, the others arguments; docstrings are help."""
     parser = argparse.ArgumentParser(description=description)
     subparsers = parser.add_subparsers(required=True)

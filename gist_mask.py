@@ -148,13 +148,13 @@ def prompt_sees_input(condition: str) -> bool:
 EXAMPLE = "Translate to French <G> The cheese Output: Le fromage"
 
 
-def example(n_gist: int = 1) -> tuple[list[str], Tensor]:
+def example(n_gist=1):
     """The words of the example, and their tokens (1, T) int64: 1 for a gist token, 0 for others."""
     words = EXAMPLE.replace("<G>", "<G> " * n_gist).split()
     return words, torch.tensor([[int(word == "<G>") for word in words]])
 
 
-def as_text(words: list[str], mask: Tensor) -> str:
+def as_text(words, mask):
     """A line for every query, a column for every key. mask: (T, T) bool."""
     width = max(len(word) for word in words)
     lines = [" " * width + " " + " ".join(words)]
@@ -164,7 +164,7 @@ def as_text(words: list[str], mask: Tensor) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description="Print the masks of a small example.")
     parser.add_argument("--n_gist", type=int, default=1, help="number of gist tokens (%(default)s)")
     words, tokens = example(parser.parse_args().n_gist)

@@ -494,11 +494,14 @@ class LlamaConfig:
             raise ValueError(f"{self.n_heads} heads cannot share {self.n_kv_heads} key-value heads")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, but rotary positions turn pairs")
+        frequencies = rope_frequencies(self, torch.device("cpu"))
+        if not frequencies.log().isfinite().all():  # they have to be positive and finite
+            raise ValueError(f"there are no rotary positions with rope_scaling {self.rope_scaling}")
 
     @classmethod
-    def from_name(cls, name: str, **changes) -> LlamaConfig:
-        """A preset of PRESETS; `changes` override its fields. KeyError if it is not there."""
-        return cls(**PRESETS[name] | changes)
+    def from_name(cls, name: str) -> LlamaConfig:
+        """A preset of PRESETS. KeyError if it is not there."""
+        return cls(**PRESETS[name])
 
     @classmethod
     def from_hf(cls, raw: dict) -> LlamaConfig:

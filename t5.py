@@ -396,9 +396,11 @@ class T5Config:
         check_numbers(self, HF_CONFIG)
         if self.start_id not in range(self.vocab_size):
             raise ValueError(f"decoder_start_token_id is {self.start_id}, expected a token's id")
+        if not 4 <= self.n_buckets < self.max_distance:
+            raise ValueError(f"{self.n_buckets} buckets cannot hold {self.max_distance} distances")
 
     @property
-    def hf_names(self) -> dict[str, str]:
+    def hf_names(self):
         """Our names -> Hugging Face's, of the tensors. N: the layer."""
         names = {"embedding": "shared", "output": "lm_head"}
         for stack, ffn in (("encoder", 1), ("decoder", 2)):  # ffn: which part of a layer it is
@@ -421,9 +423,9 @@ class T5Config:
         return names
 
     @classmethod
-    def from_name(cls, name: str, **changes) -> T5Config:
-        """A preset of PRESETS; `changes` override its fields. KeyError if it is not there."""
-        return cls(**PRESETS[name] | changes)
+    def from_name(cls, name: str) -> T5Config:
+        """A preset of PRESETS. KeyError if it is not there."""
+        return cls(**PRESETS[name])
 
     @classmethod
     def from_hf(cls, raw: dict) -> T5Config:

@@ -82,7 +82,7 @@ def batch_loss(model, batch: dict[str, Tensor], gist_id: int, condition: str) ->
     return model.loss(tokens, targets, mask, positions)
 
 
-def accumulate_gradients(model, examples, tokenizer, config, loss_function=batch_loss) -> float:
+def accumulate_gradients(model, examples, tokenizer, config, loss_function=batch_loss):
     """Add the gradient of a batch's mean loss per label to the weights' .grad.
 
     Every process takes its share of the examples and returns its share of the loss. Each sum is
@@ -90,25 +90,24 @@ def accumulate_gradients(model, examples, tokenizer, config, loss_function=batch
     """
     _, world = rank_and_world()
     n_labels = max(1, sum(len(example.output) for example in examples))
-    parts = micro_batches(examples, tokenizer, config, config.micro_batch)
+    parts = micro_batches(examples, tokenizer, config)
     loss = 0.0
     for batch in parts:
         if world > 1:  # Gradients travel once, with the last micro-batch. Until then every process
             # keeps whole ones, 4 bytes a parameter.
             model.set_requires_gradient_sync(batch is parts[-1])
-        with computing_in(config):
-            share = loss_function(model, batch, tokenizer.gist_id, config.condition) / n_labels
+        share = loss_in_dtype(model, batch, tokenizer, config, loss_function) / n_labels
         (share * world).backward()  # gradients are averaged over processes; we want their sum
         loss += share.detach()  # stays on the device until it is whole
     return loss.item()
 
 
-def micro_batches(examples, tokenizer, config, size):
-    """This process's share of the examples, in batches of `size` (None: in one), on its device."""
+def micro_batches(examples, tokenizer, config):
+    """This process's share of the examples, in batches of a size that fits, on its device."""
     rank, world = rank_and_world()
     share = examples[rank::world]
     largest_share = math.ceil(len(examples) / world)
-    size = size or largest_share
+    size = config.micro_batch or config.batch_size
     batches = []
     for start in range(0, largest_share, size):
         part = share[start : start + size]
@@ -119,22 +118,21 @@ def micro_batches(examples, tokenizer, config, size):
     return batches
 
 
-def computing_in(config):
-    """A context in which matrix products are of the run's dtype."""
-    is_bfloat16 = config.dtype == "bfloat16"
-    return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=is_bfloat16)
+def loss_in_dtype(model, batch, tokenizer, config, loss_function=batch_loss):
+    """The loss of a batch, with its matrix products in the run's dtype."""
+    device_type = torch.device(config.device).type
+    with torch.autocast(device_type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        return loss_function(model, batch, tokenizer.gist_id, config.condition)
 
 
 @torch.no_grad()
-def validation_losses(model, splits, tokenizer, config) -> dict[str, float]:
+def validation_losses(model, splits, tokenizer, config):
     """The mean loss of a label, in nats, for every split. splits: lists of data.Example by name."""
     losses = {}
     for split, examples in splits.items():
-        size = config.micro_batch or config.batch_size
         loss = 0.0
-        for batch in micro_batches(sorted(examples, key=len), tokenizer, config, size):
-            with computing_in(config):
-                loss += batch_loss(model, batch, tokenizer.gist_id, config.condition).item()
+        for batch in micro_batches(sorted(examples, key=len), tokenizer, config):
+            loss += loss_in_dtype(model, batch, tokenizer, config).item()
         losses[f"loss_{split}"] = sum(from_all(loss)) / sum(len(e.output) for e in examples)
     return losses
 
@@ -651,13 +649,14 @@ CHOICES = {
 MAY_BE_0 = ("n_gist", "max_steps", "seed")
 AT_MOST = {"beta2": 0.9999, "warmup": 1}
 
-# The paper's hyperparameters (section 4.1 and appendix A) for the pretrained model in --init_from,
-# which AdamW trains. The paper's code sets no betas, so they are AdamW's usual ones. What differs
-# here: T5's dropout of 0.1 was active in the paper's training; our T5 has none.
+# The paper's hyperparameters (section 4.1 and appendix A) for the pretrained model in --init_from.
+# Its code sets no betas, so they are AdamW's usual ones. What differs here: T5's dropout of 0.1 was
+# active in the paper's training; our T5 has none.
 PRESETS = {
     "llama-7b": {
         "max_steps": 3000,
         "batch_size": 128,
+        "optimizer": "adamw",
         "lr": 2e-5,
         "beta2": 0.999,
         "schedule": "cosine",
@@ -667,6 +666,7 @@ PRESETS = {
     "flan-t5-xxl": {
         "max_steps": 16000,
         "batch_size": 16,
+        "optimizer": "adamw",
         "lr": 5e-5,
         "beta2": 0.999,
         "schedule": "constant",
@@ -779,17 +779,19 @@ def train(config: Config) -> int | None:
         splits = data.load_instructions(config.data, config.seed, config.tfidf)
         model, tokenizer = make_model(config, splits["train"], tokenizer)
         sizes = (config.n_gist, config.arch, config.max_length, config.max_target)
-        made = {
-            split: data.make_examples(records, tokenizer, *sizes)
-            for split, records in splits.items()
-        }
-        examples, skipped = made.pop("train")
-        validation = {split: kept for split, (kept, _) in made.items() if kept}
+        examples, skipped = data.make_examples(splits.pop("train"), tokenizer, *sizes)
+        validation = {}
+        if config.eval_every:
+            for split, records in splits.items():
+                kept, _ = data.make_examples(records, tokenizer, *sizes)
+                if kept:
+                    validation[split] = kept
         if not examples:
             raise DataError(f"{config.data}: --max_length cuts off every output; raise it")
         if config.epochs:
-            per_epoch = math.ceil(len(examples) / config.batch_size)
-            config.max_steps = math.ceil(config.epochs * per_epoch)
+            config.max_steps = math.ceil(
+                config.epochs * math.ceil(len(examples) / config.batch_size)
+            )
         if is_first():
             n = sum(p.numel() for p in model.parameters())
             print(

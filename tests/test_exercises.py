@@ -176,10 +176,18 @@ def test_learning_curve_gives_the_share_and_the_interval_of_a_binomial(tmp_path)
     picture = tmp_path / "curve.png"
     text = run("learning_curve", *map(tmp_path.joinpath, right), "--out", picture)
     assert text.splitlines()[1].split()[:5] == ["7", "0.0", "30.0", "100.0", "30.0"]
-    scores = [learning_curve.read_scores(tmp_path / c, "unseen", "rougeL")[2] for c in right]
+    files = learning_curve.read_runs([str(tmp_path / c) for c in right], "unseen")
+    scores = learning_curve.read_scores(files[7], "rougeL")
     spread = 1.96 * (0.3 * 0.7 / n) ** 0.5
     assert learning_curve.interval(*scores) == pytest.approx((0.3 - spread, 0.3 + spread), abs=0.01)
     assert picture.stat().st_size > 5000
+    for runs, says in ((["gist"], "all three"), (["gist", "gist"], "a second run of gist")):
+        with pytest.raises(data.DataError, match=says):
+            learning_curve.read_runs([str(tmp_path / run) for run in runs], "unseen")
+    rows = (tmp_path / "gist" / "outputs-unseen.csv").read_text().replace("x,fox", "y,fox")
+    (tmp_path / "gist" / "outputs-unseen.csv").write_text(rows)
+    with pytest.raises(data.DataError, match="other examples"):
+        learning_curve.read_scores(files[7], "rougeL")
 
 
 # ---- The table ----

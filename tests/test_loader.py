@@ -379,6 +379,8 @@ NORM = "model.norm.weight"
 HUGE = 2**62
 MERGED = b"YQ== 0\nYg== 0\n"  # two tokens with one rank
 YARN = {"rope_type": "yarn", "rope_theta": 1e4}
+NO_FACTOR = {"rope_type": "llama3", "factor": 0.0, "low_freq_factor": 1.0}
+NO_FACTOR |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 BAD = {
     "code in a pickle": (as_bin(lambda f: torch.save({NORM: Evil()}, f)), "could run code"),
     "code in a plain pickle": (as_bin(lambda f: f.write_bytes(pickle.dumps(Evil()))), "bin: "),
@@ -415,6 +417,7 @@ BAD = {
     "negative rope_theta": (config(rope_parameters={"rope_theta": -1.0}), "rope_theta"),
     "rope_theta NaN": (config(rope_parameters={"rope_theta": float("nan")}), "rope_theta"),
     "another rotary scaling": (config(rope_parameters=YARN), "yarn"),
+    "scaling by 0": (config(rope_parameters=NO_FACTOR), "no rotary positions"),
     "another activation": (config(hidden_act="gelu"), "hidden_act gelu"),
     "model_type we do not have": (config(model_type="gpt2"), "'gpt2' is missing or unknown"),
     "config.json that is no JSON": (replace("config.json", b"{"), "config.json: "),

@@ -437,6 +437,8 @@ def test_a_bf16_gist_is_close_to_the_fp32_one():
         dict(start_id=51),
         dict(n_heads=0),
         dict(norm_eps=float("nan")),
+        dict(n_buckets=2),
+        dict(max_distance=8),
     ],
 )
 def test_a_shape_that_no_model_can_have_is_refused(changes):

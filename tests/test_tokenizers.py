@@ -105,13 +105,17 @@ def test_a_tokenizer_json_that_cannot_be_used_is_refused(plain, change):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("pattern", ["", "(?!)", "(a)(b)?"])
-def test_a_pattern_that_matches_nothing_loses_no_text(plain, pattern):
+@pytest.mark.parametrize("pattern", ["", "(?!)", "x*", "a|", "(a)(b)?"])
+def test_a_pattern_that_matches_nothing_loses_no_text_or_is_refused(plain, pattern):
     spec = data.read_json(plain / "tokenizer.json")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     steps = [{**SPLIT, "pattern": {"Regex": pattern}}, byte_level]
     spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
     (plain / "tokenizer.json").write_text(json.dumps(spec))
+    if pattern in ("x*", "a|"):
+        with pytest.raises(data.DataError, match="matches nothing"):
+            data.load_tokenizer(plain)
+        return
     tokenizer = data.load_tokenizer(plain)
     for text in ("", "abc abab xxx", "süß"):
         assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -291,11 +291,11 @@ def test_presets_are_the_papers_and_the_command_line_overrides_them(name, monkey
     paper = {"llama-7b": (3000, 128, 2e-5, "cosine"), "flan-t5-xxl": (16000, 16, 5e-5, "constant")}
     config = flags()
     assert (config.max_steps, config.batch_size, config.lr, config.schedule) == paper[name]
-    assert config.optimizer is None and config.weight_decay == 0 and config.dtype == "bfloat16"
+    assert config.optimizer == "adamw" and config.weight_decay == 0 and config.dtype == "bfloat16"
     assert config.beta2 == 0.999  # the paper's code sets no betas: AdamW's own
     assert flags("--lr", "1e-4", "--batch_size", "2").lr == 1e-4
     model = torch.nn.Linear(2, 2)
-    (adamw,) = train.make_optimizers(model, replace(config, optimizer="adamw"))
+    (adamw,) = train.make_optimizers(model, config)
     assert adamw.param_groups[0]["betas"] == (0.9, 0.999)
 
 

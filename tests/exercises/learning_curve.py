@@ -7,8 +7,9 @@
 `neg_control` sees nothing of the prompt, `pos_control` all of it. The gist's share of the way from
 one to the other is what it keeps:  share = (gist - neg_control) / (pos_control - neg_control).
 For every number of steps that all three conditions were trained for, this prints the three scores
-(ROUGE-L by default) of a split and the share, with its 95% interval: the middle 950
-of 1,000 shares, each from examples drawn with replacement, the same for all three. Seconds.
+(ROUGE-L by default) of a split and the share with its 95% interval. That is the bootstrap's: draw
+as many examples as there are, with replacement, 1,000 times, the same for all three conditions; the
+middle 950 shares lie in it. Seconds.
 """
 
 import argparse
@@ -20,15 +21,36 @@ import numpy as np
 import data
 import eval
 
+METRICS = ("exact_match", "rouge1", "rouge2", "rougeL")
+NAMES = ("neg_control", "gist", "pos_control")
 
-def read_scores(run: str, split: str, metric: str) -> tuple[int, str, np.ndarray]:
-    """A run's steps, its condition, and the score of every example, (N,)."""
-    file = Path(run) / "metrics.json"
-    with data.reading(file, f"first: python eval.py run {run}"):
-        metrics = json.loads(file.read_bytes())
-    rows = eval.read_outputs(Path(run) / f"outputs-{split}.csv")
-    scores = [eval.score([(row["y_pred"], row["y_true"])])[metric] for row in rows]
-    return metrics["steps"], metrics["condition"], np.array(scores)
+
+def read_runs(runs: list[str], split: str) -> dict[int, dict[str, Path]]:
+    """By steps and condition, the answers of runs: of those steps that have all of NAMES."""
+    files = {}
+    for run in runs:
+        file = Path(run) / "metrics.json"
+        with data.reading(file, f"first: python eval.py run {run}"):
+            metrics = json.loads(file.read_bytes())
+            steps, condition = metrics["steps"], metrics["condition"]
+        by_condition = files.setdefault(steps, {})
+        if condition in by_condition:
+            raise data.DataError(f"{run}: a second run of {condition} with {steps} steps; give one")
+        by_condition[condition] = Path(run) / f"outputs-{split}.csv"
+    whole = {steps: files[steps] for steps in sorted(files) if set(NAMES) <= files[steps].keys()}
+    if not whole:
+        raise data.DataError("no number of steps has runs of all three conditions; give more runs")
+    return whole
+
+
+def read_scores(files: dict[str, Path], metric: str) -> list[np.ndarray]:
+    """The score of every example, (N,), for each of NAMES; the examples have to be the same."""
+    scores = []
+    for name in NAMES:
+        pairs = eval.read_pairs(files[name], files["gist"])
+        rows = [eval.score([(row["y_pred"], row["y_true"])])[metric] for row, _ in pairs]
+        scores.append(np.array(rows))
+    return scores
 
 
 def share(neg: np.ndarray, gist: np.ndarray, pos: np.ndarray) -> float:
@@ -47,21 +69,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The share of the prompt that a gist keeps.")
     parser.add_argument("runs", nargs="+", help="evaluated runs of all three conditions")
     parser.add_argument("--split", default="unseen", choices=data.SPLITS)
-    parser.add_argument("--metric", default="rougeL", help="exact_match, rouge1, rouge2 or rougeL")
+    parser.add_argument("--metric", default="rougeL", choices=METRICS)
     parser.add_argument("--out", default="curve.png")
     flags = parser.parse_args()
-    curve = {}  # steps -> condition -> scores
-    for run in flags.runs:
-        steps, condition, scores = read_scores(run, flags.split, flags.metric)
-        curve.setdefault(steps, {})[condition] = scores
-    names = ("neg_control", "gist", "pos_control")
-    curve = {steps: [c[n] for n in names] for steps, c in curve.items() if set(names) <= c.keys()}
-    if not curve:
-        raise data.DataError("no number of steps has runs of all three conditions; give more runs")
+    curve = {}  # steps -> scores
+    for steps, files in read_runs(flags.runs, flags.split).items():
+        curve[steps] = read_scores(files, flags.metric)
 
     figure, (left, right) = data.new_figure(10, 4, panels=2)
-    print("steps  " + "  ".join(f"{name:>11}" for name in (*names, "share")))
-    for steps, scores in sorted(curve.items()):
+    print("steps  " + "  ".join(f"{name:>11}" for name in (*NAMES, "share")))
+    for steps, scores in curve.items():
         low, high = interval(*scores)
         kept = share(*scores)
         means = [100 * x.mean() for x in scores]
@@ -69,9 +86,9 @@ def main() -> None:
         print(f"  {100 * kept:11.1f} ({100 * low:.1f} to {100 * high:.1f})")
         spread = [[max(0, 100 * (kept - low))], [max(0, 100 * (high - kept))]]
         right.errorbar(steps, 100 * kept, yerr=spread, fmt="ko")
-    for i, name in enumerate(names):
-        means = [100 * scores[i].mean() for _, scores in sorted(curve.items())]
-        left.plot(sorted(curve), means, "o-", label=name)
+    for i, name in enumerate(NAMES):
+        means = [100 * scores[i].mean() for scores in curve.values()]
+        left.plot(list(curve), means, "o-", label=name)
     left.set(xlabel="steps", ylabel=f"{flags.metric}, {flags.split}, %", ylim=(0, 100))
     right.set(xlabel="steps", ylabel="share that the gist keeps, %", ylim=(0, 100))
     left.legend()

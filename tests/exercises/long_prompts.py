@@ -18,11 +18,11 @@ here, as the instruction already says everything; they are more to read past. Wh
 with more training was not measured.
 
     examples   prompt tokens   exact match   whole prompts   from gists   time saved   minutes
-           0            12.9          82.0           40 ms        15 ms         64%         8
-           1            28.3          72.0           61 ms        14 ms         77%         5
-           2            44.4          71.4           84 ms        14 ms         83%         7
-           4            77.1          68.2          146 ms        15 ms         90%        12
-           8           140.0          62.2          239 ms        16 ms         93%        36
+           0            12.9          82.0           40 ms        15 ms          64%         8
+           1            28.3          72.0           61 ms        14 ms          77%         5
+           2            44.4          71.4           84 ms        14 ms          83%         7
+           4            77.1          68.2          146 ms        15 ms          90%        12
+           8           140.0          62.2          239 ms        16 ms          93%        36
 """
 
 import argparse

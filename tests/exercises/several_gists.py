@@ -9,8 +9,8 @@ two steps is two prompts. Mask, positions, layout and loss change; loop and mode
 
     Reverse the list. <G> Put lamp at the end. <G> Input: fox cup sun  Output: sun cup fox lamp
 
-Exact match in percent of an earlier version and data set, one seed; 40 of 500 have two steps.
-
+Exact match in percent, one seed. A LLaMA with a gist token for each step: 99.6 on 242 unseen
+instructions of two steps, 84.1 on 258 of one. An earlier version and data set, 40 of 500 have two:
                                                   LLaMA two-step   all   T5 two-step   all
     one gist token for both steps                           72.5  89.6          92.5  87.2
     one gist of two tokens for both steps                   80.0  88.4             -  90.6
