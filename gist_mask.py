@@ -174,4 +174,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    import data
+
+    data.run(main)

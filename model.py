@@ -220,24 +220,22 @@ class Llama(nn.Module):
             positions = cache.positions_behind(attention_mask)
         return mask, positions, cache
 
-    def loss(
+    def label_logits(
         self,
         tokens: Tensor,
         targets: Tensor,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Cross-entropy in nats, summed over the labels.
+        """Logits (labels, V), fp32, of the places that have a label.
 
         targets: (B, T) int64, the token to predict at every place, or IGNORE_INDEX. The rest: as in
-        `forward`. Only places with a label reach the output head: with V = 32,000, the logits of a
-        whole batch would be its largest tensor.
+        `forward`. Other places do not reach the output head: with V = 32,000, the logits of a whole
+        batch would be its largest tensor.
         """
         mask, positions, _ = self.fill_in(pad_attention_mask(tokens), mask, positions, None)
-        is_label = targets != IGNORE_INDEX  # (B, T)
-        hidden = self.hidden(tokens, mask, positions)[is_label]  # (labels, D)
-        logits = self.logits(hidden).float()
-        return F.cross_entropy(logits, targets[is_label], reduction="sum")
+        hidden = self.hidden(tokens, mask, positions)[targets != IGNORE_INDEX]  # (labels, D)
+        return self.logits(hidden).float()
 
     @torch.no_grad()
     def compress(

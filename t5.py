@@ -266,7 +266,7 @@ class T5(nn.Module):
         encoded = self.encode(source, attention_mask, mask, cross_mask, positions, cache)
         return self.logits(self.hidden(target, *encoded))
 
-    def loss(
+    def label_logits(
         self,
         source: Tensor,
         targets: Tensor,
@@ -274,16 +274,15 @@ class T5(nn.Module):
         cross_mask: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Cross-entropy in nats, summed over the labels.
+        """Logits (labels, V), fp32, of the places that have a label.
 
         targets: (B, T) int64, the tokens to predict, then IGNORE_INDEX. The rest as in `generate`.
         """
         encoded = self.encode(source, None, mask, cross_mask, positions, None)
         # The decoder reads what it has to predict, one place later.
         target = F.pad(targets[:, :-1], (1, 0), value=self.config.start_id).clamp(min=0)
-        is_label = targets != IGNORE_INDEX  # (B, T)
-        logits = self.logits(self.hidden(target, *encoded)[is_label]).float()  # (labels, V)
-        return F.cross_entropy(logits, targets[is_label], reduction="sum")
+        hidden = self.hidden(target, *encoded)[targets != IGNORE_INDEX]  # (labels, D)
+        return self.logits(hidden).float()
 
     def empty_cache(self, source, n_layers):
         c = self.config

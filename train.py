@@ -48,6 +48,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -71,15 +72,25 @@ def batch_loss(model, batch: dict[str, Tensor], gist_id: int, condition: str) ->
 
     batch: from `data.collate`, tokens (B, T) int64, attention_mask (B, T) bool, targets int64.
     """
+    return cross_entropy(label_logits(model, batch, gist_id, condition), batch["targets"])
+
+
+def cross_entropy(logits, targets):
+    """Summed over the labels, whose logits (labels, V) these are."""
+    return F.cross_entropy(logits, targets[targets != IGNORE_INDEX], reduction="sum")
+
+
+def label_logits(model, batch, gist_id, condition):
+    """The logits of a batch's labels, (labels, V), under the mask of a condition."""
     tokens, targets = batch["tokens"], batch["targets"]
     segmented = (tokens, gist_id, condition, batch["attention_mask"])  # what a mask depends on
     positions = gist_mask.positions(tokens, gist_id)  # (B, T)
     if isinstance(model, T5):
         mask = gist_mask.encoder_mask(*segmented)  # (B, 1, T, T)
         cross_mask = gist_mask.cross_mask(*segmented)  # (B, 1, 1, T)
-        return model.loss(tokens, targets, mask, cross_mask, positions)
+        return model.label_logits(tokens, targets, mask, cross_mask, positions)
     mask = gist_mask.decoder_mask(*segmented)  # (B, 1, T, T)
-    return model.loss(tokens, targets, mask, positions)
+    return model.label_logits(tokens, targets, mask, positions)
 
 
 def accumulate_gradients(model, examples, tokenizer, config, loss_function=batch_loss):
@@ -386,7 +397,7 @@ def shard(model, layers, config):
             register_fsdp_forward_method(layer.cross_attention, "keys_values")
         split(layer)
     fully_shard(model.float(), mesh=mesh)
-    register_fsdp_forward_method(model, "loss")
+    register_fsdp_forward_method(model, "label_logits")
 
 
 @contextmanager

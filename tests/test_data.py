@@ -498,6 +498,17 @@ def test_a_closed_pipe_ends_quietly(body):
     assert (process.returncode, stderr) == (0, "")
 
 
+@pytest.mark.parametrize("command", ["gist_mask.py", "data.py", "profile.py paper"])
+def test_what_prints_may_be_cut_short(command):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=ROOT, stdout=write, stderr=subprocess.PIPE
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_the_file_shows_one_record_on_its_way():
     done = subprocess.run([sys.executable, "data.py"], cwd=ROOT, capture_output=True, text=True)
     lines = done.stdout.splitlines()

@@ -46,9 +46,10 @@ def rule_mask(tokens: Tensor, gist_id: int, attention_mask: Tensor, rule: str) -
 
 
 def rule_loss(model, batch: dict[str, Tensor], gist_id: int, condition: str, rule: str) -> Tensor:
-    tokens = batch["tokens"]
+    tokens, targets = batch["tokens"], batch["targets"]
     mask = rule_mask(tokens, gist_id, batch["attention_mask"], rule)
-    return model.loss(tokens, batch["targets"], mask, positions(tokens, gist_id))
+    logits = model.label_logits(tokens, targets, mask, positions(tokens, gist_id))
+    return train.cross_entropy(logits, targets)
 
 
 def make_records(n: int, held_out: bool) -> list[dict]:
@@ -116,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    data.run(main)

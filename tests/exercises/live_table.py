@@ -19,6 +19,7 @@ is not for input -> prompt and, in an encoder, for prompt -> input and gist -> i
 
 import torch
 
+import data
 import gist_mask
 from model import Llama, LlamaConfig
 from t5 import T5, T5Config
@@ -92,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    data.run(main)

@@ -9,12 +9,9 @@ two steps is two prompts. Mask, positions, layout and loss change; loop and mode
 
     Reverse the list. <G> Put lamp at the end. <G> Input: fox cup sun  Output: sun cup fox lamp
 
-Exact match in percent, one seed. A LLaMA with a gist token for each step: 99.6 on 242 unseen
-instructions of two steps, 84.1 on 258 of one. An earlier version and data set, 40 of 500 have two:
-                                                  LLaMA two-step   all   T5 two-step   all
-    one gist token for both steps                           72.5  89.6          92.5  87.2
-    one gist of two tokens for both steps                   80.0  88.4             -  90.6
-    a gist token for each step, compressed apart            85.0  90.2          95.0  87.0
+Exact match in percent, one seed: with a gist token for each step, a LLaMA gets 99.6 of 242 unseen
+instructions of two steps right, and 84.1 of 258 of one. With an earlier version and other data, one
+gist token for both steps got 72.5 of two steps right, one for each 85.0; with a T5 92.5 and 95.0.
 """
 
 import argparse
@@ -59,12 +56,14 @@ def positions(tokens: Tensor, gist_id: int) -> Tensor:
 
 def pair_loss(model, batch: dict[str, Tensor], gist_id: int, condition: str) -> Tensor:
     """`train.batch_loss` under the mask of pairs."""
-    tokens, attention_mask, targets = batch["tokens"], batch["attention_mask"], batch["targets"]
-    mask, where = pair_mask(tokens, gist_id, attention_mask), positions(tokens, gist_id)
+    tokens, targets = batch["tokens"], batch["targets"]
+    mask = pair_mask(tokens, gist_id, batch["attention_mask"])
+    masks = [mask.tril()]
     if isinstance(model, T5):
-        cross_mask = (segments(tokens, gist_id) != PROMPT) & attention_mask
-        return model.loss(tokens, targets, mask, cross_mask[:, None, None], where)
-    return model.loss(tokens, targets, mask.tril(), where)
+        cross_mask = (segments(tokens, gist_id) != PROMPT) & batch["attention_mask"]
+        masks = [mask, cross_mask[:, None, None]]
+    logits = model.label_logits(tokens, targets, *masks, positions(tokens, gist_id))
+    return train.cross_entropy(logits, targets)
 
 
 def make_records(n: int, held_out: bool) -> list[dict]:
@@ -147,4 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    data.run(main)
