@@ -25,7 +25,6 @@ import math
 import os
 import random
 import re
-import sys
 import time
 import urllib.request
 from collections import Counter
@@ -513,8 +512,8 @@ def compress(
 ) -> None:
     """Compress an instruction once, and answer inputs from its gist.
 
-    instruction: what to compress. input: what to answer; - is the lines of standard input; default:
-    one answer without an input. max_new_tokens: of an answer. opening: see `open_run`.
+    instruction: what to compress. input: what to answer; default: one answer without an input.
+    max_new_tokens: of an answer. opening: see `open_run`.
     """
     model, tokenizer, config = open_run(run, **opening)
     prompt, gist = compress_instruction(instruction, model, tokenizer, config)
@@ -524,8 +523,6 @@ def compress(
         f"{n} prompt tokens, gist tokens: {gist.length}, {n / gist.length:.1f} times smaller; "
         f"cache {n * column:.2f} KiB before, {gist.nbytes / 1024:.2f} KiB after"
     )
-    if input == ["-"]:
-        input = sys.stdin.buffer.read().decode(errors="replace").splitlines()
     for text in input or [""]:
         record = {"instruction": instruction, "input": text, "output": ""}
         example = data.layout(record, tokenizer, config["n_gist"], config["arch"])

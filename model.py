@@ -226,16 +226,17 @@ class Llama(nn.Module):
         targets: Tensor,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
-    ) -> Tensor:
-        """Logits (labels, V), fp32, of the places that have a label.
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (N, V), fp32, of the N places that have a label, and the labels (N,).
 
         targets: (B, T) int64, the token to predict at every place, or IGNORE_INDEX. The rest: as in
         `forward`. Other places do not reach the output head: with V = 32,000, the logits of a whole
         batch would be its largest tensor.
         """
         mask, positions, _ = self.fill_in(pad_attention_mask(tokens), mask, positions, None)
-        hidden = self.hidden(tokens, mask, positions)[targets != IGNORE_INDEX]  # (labels, D)
-        return self.logits(hidden).float()
+        is_label = targets != IGNORE_INDEX  # (B, T)
+        hidden = self.hidden(tokens, mask, positions)[is_label]  # (N, D)
+        return self.logits(hidden).float(), targets[is_label]
 
     @torch.no_grad()
     def compress(

@@ -273,16 +273,17 @@ class T5(nn.Module):
         mask: Tensor | None = None,
         cross_mask: Tensor | None = None,
         positions: Tensor | None = None,
-    ) -> Tensor:
-        """Logits (labels, V), fp32, of the places that have a label.
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (N, V), fp32, of the N places that have a label, and the labels (N,).
 
         targets: (B, T) int64, the tokens to predict, then IGNORE_INDEX. The rest as in `generate`.
         """
         encoded = self.encode(source, None, mask, cross_mask, positions, None)
         # The decoder reads what it has to predict, one place later.
         target = F.pad(targets[:, :-1], (1, 0), value=self.config.start_id).clamp(min=0)
-        hidden = self.hidden(target, *encoded)[targets != IGNORE_INDEX]  # (labels, D)
-        return self.logits(hidden).float()
+        is_label = targets != IGNORE_INDEX  # (B, T)
+        hidden = self.hidden(target, *encoded)[is_label]  # (N, D)
+        return self.logits(hidden).float(), targets[is_label]
 
     def empty_cache(self, source, n_layers):
         c = self.config

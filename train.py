@@ -72,25 +72,19 @@ def batch_loss(model, batch: dict[str, Tensor], gist_id: int, condition: str) ->
 
     batch: from `data.collate`, tokens (B, T) int64, attention_mask (B, T) bool, targets int64.
     """
-    return cross_entropy(label_logits(model, batch, gist_id, condition), batch["targets"])
-
-
-def cross_entropy(logits, targets):
-    """Summed over the labels, whose logits (labels, V) these are."""
-    return F.cross_entropy(logits, targets[targets != IGNORE_INDEX], reduction="sum")
+    logits, labels = label_logits(model, batch, gist_id, condition)
+    return F.cross_entropy(logits, labels, reduction="sum")
 
 
 def label_logits(model, batch, gist_id, condition):
-    """The logits of a batch's labels, (labels, V), under the mask of a condition."""
+    """The logits (N, V) of a batch's labels (N,), under the mask of a condition; and the labels."""
     tokens, targets = batch["tokens"], batch["targets"]
     segmented = (tokens, gist_id, condition, batch["attention_mask"])  # what a mask depends on
+    masks = [gist_mask.decoder_mask(*segmented)]  # (B, 1, T, T)
+    if isinstance(model, T5):  # (B, 1, T, T) and (B, 1, 1, T)
+        masks = [gist_mask.encoder_mask(*segmented), gist_mask.cross_mask(*segmented)]
     positions = gist_mask.positions(tokens, gist_id)  # (B, T)
-    if isinstance(model, T5):
-        mask = gist_mask.encoder_mask(*segmented)  # (B, 1, T, T)
-        cross_mask = gist_mask.cross_mask(*segmented)  # (B, 1, 1, T)
-        return model.label_logits(tokens, targets, mask, cross_mask, positions)
-    mask = gist_mask.decoder_mask(*segmented)  # (B, 1, T, T)
-    return model.label_logits(tokens, targets, mask, positions)
+    return model.label_logits(tokens, targets, *masks, positions)
 
 
 def accumulate_gradients(model, examples, tokenizer, config, loss_function=batch_loss):
@@ -144,7 +138,8 @@ def validation_losses(model, splits, tokenizer, config):
         loss = 0.0
         for batch in micro_batches(sorted(examples, key=len), tokenizer, config):
             loss += loss_in_dtype(model, batch, tokenizer, config).item()
-        losses[f"loss_{split}"] = sum(from_all(loss)) / sum(len(e.output) for e in examples)
+        if examples:
+            losses[f"loss_{split}"] = sum(from_all(loss)) / sum(len(e.output) for e in examples)
     return losses
 
 
@@ -794,9 +789,7 @@ def train(config: Config) -> int | None:
         validation = {}
         if config.eval_every:
             for split, records in splits.items():
-                kept, _ = data.make_examples(records, tokenizer, *sizes)
-                if kept:
-                    validation[split] = kept
+                validation[split], _ = data.make_examples(records, tokenizer, *sizes)
         if not examples:
             raise DataError(f"{config.data}: --max_length cuts off every output; raise it")
         if config.epochs:

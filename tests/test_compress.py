@@ -1,7 +1,6 @@
 """Compressing a prompt for use: the command, its files, and gists that do not fit."""
 
 import dataclasses
-import io
 import os
 import subprocess
 import sys
@@ -51,12 +50,11 @@ def test_it_answers_as_the_evaluation_does(arch, tmp_path, capsys):
     assert f"answer  {expected}\n" in printed
 
 
-@pytest.mark.parametrize("text", [b"key\npen ring\n", b"", b"caf\xe9\nb"])
-def test_inputs_come_from_standard_input(text, tmp_path, capsys, monkeypatch):
+def test_several_inputs_and_none_are_answered(tmp_path, capsys):
     run = make_run(tmp_path / "run")
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
-    printed = compress(run, capsys, instruction="Say it.", input=["-"])
-    assert printed.count("\nanswer  ") == max(1, len(text.splitlines()))
+    printed = compress(run, capsys, instruction="Say it.", input=["key", "pen ring", ""])
+    assert printed.count("\nanswer  ") == 3 and "input   pen ring\n" in printed
+    assert compress(run, capsys, instruction="Say it.").count("\nanswer  ") == 1
 
 
 def test_what_cannot_be_compressed_is_refused(tmp_path, capsys):

@@ -250,7 +250,9 @@ def test_label_logits_are_those_of_the_labels_and_no_others(monkeypatch):
         logits = model(tokens)
     expected = [logits[b, t] for b in range(4) for t in range(9) if targets[b, t] != IGNORE_INDEX]
     model.output.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    torch.testing.assert_close(model.label_logits(tokens, targets), torch.stack(expected))
+    logits, labels = model.label_logits(tokens, targets)
+    torch.testing.assert_close(logits, torch.stack(expected))
+    assert labels.tolist() == [t for t in targets.flatten().tolist() if t != IGNORE_INDEX]
     assert seen == [(int((targets != IGNORE_INDEX).sum()), 31)]
 
 

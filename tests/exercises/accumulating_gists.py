@@ -23,6 +23,7 @@ import random
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import data
@@ -46,10 +47,11 @@ def rule_mask(tokens: Tensor, gist_id: int, attention_mask: Tensor, rule: str) -
 
 
 def rule_loss(model, batch: dict[str, Tensor], gist_id: int, condition: str, rule: str) -> Tensor:
-    tokens, targets = batch["tokens"], batch["targets"]
+    tokens = batch["tokens"]
     mask = rule_mask(tokens, gist_id, batch["attention_mask"], rule)
-    logits = model.label_logits(tokens, targets, mask, positions(tokens, gist_id))
-    return train.cross_entropy(logits, targets)
+    where = positions(tokens, gist_id)
+    logits, labels = model.label_logits(tokens, batch["targets"], mask, where)
+    return F.cross_entropy(logits, labels, reduction="sum")
 
 
 def make_records(n: int, held_out: bool) -> list[dict]:

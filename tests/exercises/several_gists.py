@@ -62,8 +62,8 @@ def pair_loss(model, batch: dict[str, Tensor], gist_id: int, condition: str) -> 
     if isinstance(model, T5):
         cross_mask = (segments(tokens, gist_id) != PROMPT) & batch["attention_mask"]
         masks = [mask, cross_mask[:, None, None]]
-    logits = model.label_logits(tokens, targets, *masks, positions(tokens, gist_id))
-    return train.cross_entropy(logits, targets)
+    logits, labels = model.label_logits(tokens, targets, *masks, positions(tokens, gist_id))
+    return F.cross_entropy(logits, labels, reduction="sum")
 
 
 def make_records(n: int, held_out: bool) -> list[dict]:
