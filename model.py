@@ -13,7 +13,7 @@ columns of its key-value cache, and that is all that gisting needs:
 - positions are explicit and may be negative: a gist stands at 0 and its prompt before it, so a
   cached gist fits any input;
 - a compressed prompt is a `Cache` that kept only the gist's columns; `generate` goes on from it;
-- the loss makes logits only where there is a label: none for the prompt, none for padding.
+- training makes logits only where there is a label: none for the prompt, none for padding.
 
 Letters of the shapes: B batch, T sequence, S keys, H heads, D model width, K head width,
 V vocabulary, L layers.

@@ -775,8 +775,11 @@ def new_model(config, tokenizer):
     return model
 
 
-def train(config: Config) -> int | None:
-    """One whole run, except for its evaluation. Returns what `fit` does. Raises DataError."""
+def train(config: Config, loss_function=batch_loss) -> int | None:
+    """One whole run, except for its evaluation. Takes and returns what `fit` does.
+
+    Raises DataError.
+    """
     config = fill_in(config)
     out_dir = Path(config.out_dir)
     with processes(config.device):
@@ -802,7 +805,7 @@ def train(config: Config) -> int | None:
                 f"{out_dir}: {n:,} parameters, {len(examples):,} examples ({skipped} skipped)",
                 flush=True,
             )
-        return fit(model, tokenizer, examples, config, out_dir=out_dir, validation=validation)
+        return fit(model, tokenizer, examples, config, loss_function, out_dir, validation)
 
 
 def main():

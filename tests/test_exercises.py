@@ -21,6 +21,7 @@ from t5 import T5, T5Config
 from exercises import (  # isort: skip
     accumulating_gists,
     cartridge,
+    distillation,
     gist_library,
     gist_pretraining,
     learning_curve,
@@ -110,6 +111,22 @@ def test_gist_pretraining_leaves_a_model_to_go_on_from(tmp_path):
     run("gist_pretraining", *flags, "--out_dir", out_dir)
     model, tokenizer = data.load_model(out_dir)
     assert tokenizer.gist_id < model.config.vocab_size
+
+
+def test_distillation_trains_a_run_and_wants_the_tokenizer_of_its_teacher(folder, tmp_path):
+    sizes = {"d_model": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 400, "batch_size": 4}
+    same = sizes | {"data": str(folder), "max_steps": 3, "device": "cpu"}
+    teacher, distilled = str(tmp_path / "teacher"), tmp_path / "distilled"
+    train.train(train.Config(condition="pos_control", out_dir=teacher, **same))
+    flags = [text for name, value in same.items() for text in (f"--{name}", str(value))]
+    flags += ["--eval_every", "3", "--out_dir", str(distilled)]
+    run("distillation", teacher, *flags)
+    last = json.loads((distilled / "train_log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 3 and "loss_unseen" in last
+    assert eval.open_run(str(distilled), device="cpu")[2]["condition"] == "gist"
+    command = [sys.executable, "-m", "tests.exercises.distillation", teacher, *flags, "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "another --seed" in done.stderr
 
 
 def test_accumulating_gists_runs():
@@ -370,6 +387,47 @@ def test_too_little_text_is_an_error(content, tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text(content)
     with pytest.raises(data.DataError, match="text"):
         gist_pretraining.text_examples(str(tmp_path / "a.txt"), tokenizer, 1, "llama", 10)
+
+
+# ---- Distillation ----
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_distillation_has_the_gradient_of_the_slow_sum_over_places_and_tokens(
+    arch, records, tokenizer
+):
+    """One example at a time, without padding, from the logits of every place."""
+    model, teacher = small(arch, tokenizer.vocab_size), small(arch, tokenizer.vocab_size)
+    teacher.init_weights(torch.Generator().manual_seed(1))
+    model, teacher = model.double(), teacher.double()
+    examples = [data.layout(record, tokenizer, 2, arch) for record in records["train"][:5]]
+    gist_id = tokenizer.gist_id
+
+    def logits(model, e, condition):
+        source = torch.tensor([e.prompt + e.input + (e.output if arch == "llama" else [])])
+        where = gist_mask.positions(source, gist_id)
+        if arch == "llama":
+            mask = gist_mask.decoder_mask(source, gist_id, condition)
+            return model(source, mask, where)[0, -1 - len(e.output) : -1]
+        mask = gist_mask.encoder_mask(source, gist_id, condition)
+        cross_mask = gist_mask.cross_mask(source, gist_id, condition)
+        target = torch.tensor([[model.config.start_id] + e.output[:-1]])
+        return model(source, target, mask, cross_mask, positions=where)[0]
+
+    slow = 0.0
+    for e in examples:
+        p = logits(teacher, e, "pos_control").softmax(-1).detach()
+        slow -= (p * logits(model, e, "gist").log_softmax(-1)).sum()
+    slow.backward()
+    wanted = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    batch = data.collate(examples, tokenizer.pad_id, arch)
+    loss = distillation.distillation_loss(model, batch, gist_id, "gist", teacher, "pos_control")
+    loss.backward()
+    torch.testing.assert_close(loss, slow.float())  # the models are in fp64, their logits in fp32
+    for parameter, grad in zip(model.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, grad, atol=1e-5, rtol=1e-5)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
 # ---- A cartridge ----
