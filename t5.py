@@ -279,10 +279,11 @@ class T5(nn.Module):
         targets: (B, T) int64, the tokens to predict, then IGNORE_INDEX. The rest as in `generate`.
         """
         encoded = self.encode(source, None, mask, cross_mask, positions, None)
-        # The decoder reads what it has to predict, one place later.
-        target = F.pad(targets[:, :-1], (1, 0), value=self.config.start_id).clamp(min=0)
+        # The decoder reads what it has to predict, one place later. IGNORE_INDEX, which stands
+        # behind every label, becomes token 0.
+        shifted = F.pad(targets[:, :-1], (1, 0), value=self.config.start_id).clamp(min=0)
         is_label = targets != IGNORE_INDEX  # (B, T)
-        hidden = self.hidden(target, *encoded)[is_label]  # (N, D)
+        hidden = self.hidden(shifted, *encoded)[is_label]  # (N, D)
         return self.logits(hidden).float(), targets[is_label]
 
     def empty_cache(self, source, n_layers):

@@ -79,10 +79,10 @@ def batch_loss(model, batch: dict[str, Tensor], gist_id: int, condition: str) ->
 def label_logits(model, batch, gist_id, condition):
     """The logits (N, V) of a batch's labels (N,), under the mask of a condition; and the labels."""
     tokens, targets = batch["tokens"], batch["targets"]
-    segmented = (tokens, gist_id, condition, batch["attention_mask"])  # what a mask depends on
-    masks = [gist_mask.decoder_mask(*segmented)]  # (B, 1, T, T)
+    row = (tokens, gist_id, condition, batch["attention_mask"])  # what a mask depends on
+    masks = [gist_mask.decoder_mask(*row)]  # (B, 1, T, T)
     if isinstance(model, T5):  # (B, 1, T, T) and (B, 1, 1, T)
-        masks = [gist_mask.encoder_mask(*segmented), gist_mask.cross_mask(*segmented)]
+        masks = [gist_mask.encoder_mask(*row), gist_mask.cross_mask(*row)]
     positions = gist_mask.positions(tokens, gist_id)  # (B, T)
     return model.label_logits(tokens, targets, *masks, positions)
 
@@ -151,8 +151,8 @@ def fit(
     config: as `fill_in` returns it. loss_function(model, batch, gist_id, condition): the loss of a
     batch of `data.collate` in nats, summed over its labels. out_dir: a Path that is to keep the
     log, a checkpoint every config.save_every steps, and the weights at the end; None: nothing is
-    written. validation: lists of data.Example by name, whose loss the log gets every
-    config.eval_every steps.
+    written. validation: lists of data.Example by name, whose `batch_loss` the log gets
+    every config.eval_every steps.
 
     Ctrl-C and SIGTERM end training after the current step. Returns the signal's
     number, else None. Raises DataError if loss or weights are no longer finite, or if out_dir does
@@ -189,7 +189,7 @@ def fit(
             print(json.dumps(entry), file=log, flush=True)
             run["steps"] = step
             run["seconds"] += seconds
-            ema = 0.95 * ema + 0.05 * loss if ema else loss  # the loss, smoothed
+            ema = 0.95 * (ema or loss) + 0.05 * loss  # the loss, smoothed
             bar.set_postfix(ema=f"{ema:.3f}", tokens_s=f"{n / seconds:,.0f}", refresh=False)
             bar.update()
             if out_dir and (is_last or step % config.save_every == 0):
@@ -622,7 +622,7 @@ class Config:
     n_heads: int = 4  # its attention heads
     vocab_size: int = 2048  # largest size of its tokenizer, which is trained on the data
 
-    max_steps: int = 3000  # steps
+    max_steps: int = 3000  # optimizer steps
     epochs: float | None = None  # passes through the training data, instead of --max_steps
     batch_size: int = 64  # examples a step
     micro_batch: int | None = None  # examples in memory at once; their gradients add up (all)

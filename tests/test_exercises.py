@@ -120,11 +120,12 @@ def test_distillation_trains_a_run_and_wants_the_tokenizer_of_its_teacher(folder
     train.train(train.Config(condition="pos_control", out_dir=teacher, **same))
     flags = [text for name, value in same.items() for text in (f"--{name}", str(value))]
     flags += ["--eval_every", "3", "--out_dir", str(distilled)]
-    run("distillation", teacher, *flags)
+    run("distillation", "--teacher", teacher, *flags)
     last = json.loads((distilled / "train_log.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 3 and "loss_unseen" in last
     assert eval.open_run(str(distilled), device="cpu")[2]["condition"] == "gist"
-    command = [sys.executable, "-m", "tests.exercises.distillation", teacher, *flags, "--seed", "1"]
+    command = [sys.executable, "-m", "tests.exercises.distillation", "--teacher", teacher, *flags]
+    command += ["--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "another --seed" in done.stderr
 

@@ -206,9 +206,11 @@ def test_memory_of_a_real_training_is_near_the_stated_formula(model):
 def test_memory_prints_what_llama_7b_takes_on_four_gpus():
     flags = ["--preset", "llama-7b", "--gpus", 4, "--micro_batch", 4]
     done = python("-m", "tests.exercises.memory", *flags)
-    states, activations, checkpointed = (float(x.split()[0]) for x in done.stdout.splitlines())
+    numbers = [float(line.split()[0]) for line in done.stdout.splitlines()]
+    states, gradients, activations, checkpointed = numbers
     layer = 4 * 512 * (36 * 4096 + 8 * 11008)
     assert states == pytest.approx(16 * 6_738_415_616 / 4 / 2**30, abs=0.05)
+    assert gradients == pytest.approx(4 * 6_738_415_616 / 2**30, abs=0.05)
     assert activations == pytest.approx(32 * layer / 2**30, abs=0.05)
     assert checkpointed == pytest.approx((32 * 4 * 512 * 4 * 4096 + layer) / 2**30, abs=0.05)
 

@@ -3,10 +3,10 @@
     python -m tests.exercises.accumulating_gists                    # three trainings
     python -m tests.exercises.accumulating_gists --rules one        # one of them
 
-As in a conversation of several turns, a prompt comes in parts, and each is compressed when it is
-there. Three rules, for a LLaMA and instructions of three steps:
+As in a conversation of several turns, a prompt comes in parts, and each is compressed as
+it arrives. Three rules, for a LLaMA and instructions of three steps:
 
-    one           one gist for the whole prompt: step step step G G G
+    one           all of them after the prompt: step step step G G G
     apart         each step sees itself only:    step G step G step G      (several_gists.py)
     accumulate    ... and the gists before it:   step G step G step G      (AutoCompressors,
                                                                      arXiv 2305.14788)
@@ -28,7 +28,6 @@ from torch import Tensor
 
 import data
 import train
-from gist_mask import GIST, INPUT, segments
 from tests.exercises.several_gists import pair_mask, pairs, positions
 
 STEPS = 3
@@ -39,10 +38,10 @@ def rule_mask(tokens: Tensor, gist_id: int, attention_mask: Tensor, rule: str) -
     """A decoder's mask, (B, 1, T, T) bool. (One pair in the row is the plain gist mask.)"""
     mask = pair_mask(tokens, gist_id, attention_mask)
     if rule == "accumulate":
-        segment, pair = segments(tokens, gist_id), pairs(tokens, gist_id)  # (B, T)
+        pair = pairs(tokens, gist_id)  # (B, T)
         is_earlier = pair[:, None, :] < pair[:, :, None]  # (B, T, T)
-        to_gist = (segment == GIST)[:, None, :]
-        mask = mask | (is_earlier & to_gist & (segment != INPUT)[:, :, None])[:, None]
+        to_gist = (tokens == gist_id)[:, None, :]
+        mask = mask | (is_earlier & to_gist)[:, None]
     return mask.tril()
 
 

@@ -1,22 +1,21 @@
 """Distillation: learn what a model that sees the whole prompt would say.
 
     python train.py --condition pos_control --out_dir out/teacher
-    python -m tests.exercises.distillation out/teacher --out_dir out/distilled
+    python -m tests.exercises.distillation --teacher out/teacher --out_dir out/distilled
     python eval.py run out/distilled
 
-Of every place of the output, a label says one token. A teacher says how probable each token is, so
+At each place of the output, a label names one token. A teacher says how probable each token is, so
 there is more to learn from an example. Here the teacher is a run of `pos_control`, and the model
 that sees only the gist learns its probabilities instead of the labels:
 
     loss = - sum over output tokens, sum over the vocabulary, p(teacher) log p(model)
 
-This is prompt compression as distillation: say the same, from less. All flags but the teacher are
-those of train.py.
+This is prompt compression as distillation: say the same, from less. All flags but --teacher are
+those of train.py. To go on with a run that was stopped, give --resume to this program.
 
 Results of the full runs (one seed, ten minutes of one core each): exact match on seen, unseen and
 human instructions is 87.7, 85.6 and 57.5, against 92.6, 92.3 and 66.0 with the labels. It does not
-help here. An answer has one right wording, which the label says; and what holds the gist back is
-to find a word in the input, which probabilities do not teach.
+help here, perhaps because an answer has one right wording, and the label says it.
 """
 
 import argparse
@@ -31,7 +30,7 @@ import data
 import eval
 import train
 
-SAME = ("arch", "data", "seed", "init_from", "vocab_size")  # what makes the tokenizer
+SAME = ("arch", "data", "seed", "init_from", "vocab_size", "n_gist")  # what both have to read alike
 
 
 def distillation_loss(
@@ -45,8 +44,8 @@ def distillation_loss(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Learn from a model that sees the prompt.")
-    parser.add_argument("teacher", help="a run of train.py; all other flags are those of train.py")
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--teacher", required=True)
     flags, sys.argv[1:] = parser.parse_known_args()
     config = train.fill_in(train.read_flags())
     teacher, _, its_config = eval.open_run(flags.teacher, device=config.device)

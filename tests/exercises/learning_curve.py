@@ -2,7 +2,7 @@
 
     for s in 100 200 400; do for c in gist pos_control neg_control; do
         python train.py --condition $c --max_steps $s --out_dir out/$c-$s; done; done
-    python -m tests.exercises.learning_curve out/*control-* out/gist-* --out curve.png
+    python -m tests.exercises.learning_curve out/pos_control-* out/neg_control-* out/gist-* --out curve.png
 
 `neg_control` sees nothing of the prompt, `pos_control` all of it. The gist's share of the way from
 one to the other is what it keeps:  share = (gist - neg_control) / (pos_control - neg_control).
@@ -90,7 +90,7 @@ def main() -> None:
         means = [100 * scores[i].mean() for scores in curve.values()]
         left.plot(list(curve), means, "o-", label=name)
     left.set(xlabel="steps", ylabel=f"{flags.metric}, {flags.split}, %", ylim=(0, 100))
-    right.set(xlabel="steps", ylabel="share that the gist keeps, %", ylim=(0, 100))
+    right.set(xlabel="steps", ylabel="share that the gist keeps, %")
     left.legend()
     data.save_figure(figure, flags.out)
     print(f"wrote {flags.out}")

@@ -1,4 +1,4 @@
-"""Several gists in one context: compress every prompt apart, and put the caches side by side.
+"""Several gists in one context: compress every prompt separately, and put the caches side by side.
 
     python -m tests.exercises.several_gists               # 10 minutes on one core
 
@@ -10,8 +10,8 @@ two steps is two prompts. Mask, positions, layout and loss change; loop and mode
     Reverse the list. <G> Put lamp at the end. <G> Input: fox cup sun  Output: sun cup fox lamp
 
 Exact match in percent, one seed: with a gist token for each step, a LLaMA gets 99.6 of 242 unseen
-instructions of two steps right, and 84.1 of 258 of one. With an earlier version and other data, one
-gist token for both steps got 72.5 of two steps right, one for each 85.0; with a T5 92.5 and 95.0.
+instructions of two steps right, and 84.1 of 258 of one. On two steps, with an earlier version and
+other data: one gist token for both got 72.5 right, one for each 85.0; with a T5, 92.5 and 95.0.
 """
 
 import argparse
@@ -102,10 +102,8 @@ def compress_apart(model, prompt: list[int], gist_id: int) -> Cache:
 
 def join(caches: list[Cache]) -> Cache:
     """The columns of several caches of the same rows; what follows comes after the last."""
-    columns = {}
-    for name in vars(caches[0]):
-        columns[name] = torch.cat([getattr(cache, name) for cache in caches], dim=1)
-    return Cache(**columns | {"next_position": caches[-1].next_position})
+    *columns, next_positions = zip(*[vars(cache).values() for cache in caches])
+    return Cache(*[torch.cat(parts, dim=1) for parts in columns], next_positions[-1])
 
 
 def answer(model, tokenizer, examples: list[data.Example], max_new_tokens: int) -> list[str]:
