@@ -97,11 +97,12 @@ def test_bars_have_a_color_for_every_run_and_reach_their_values(runs, monkeypatc
 
 
 def test_lines_over_n_gist_join_the_runs_of_a_condition(runs):
-    _, ax = data.new_figure(3, 3)
-    draw_results.draw_n_gist(ax, [str(p) for p in sorted(runs.iterdir())], "rougeL")
-    lines = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()}
-    assert lines["llama gist, unseen"] == [[1, 75], [2, 75]]
-    assert lines["llama pos_control, seen"] == [[1, 75]] and len(lines) == 6
+    _, axes = data.new_figure(3, 3, panels=3)
+    draw_results.draw_n_gist(axes, [str(p) for p in sorted(runs.iterdir())], "rougeL")
+    seen, unseen, human = ([line.get_label() for line in ax.get_lines()] for ax in axes)
+    assert seen == unseen == ["llama gist", "llama pos_control", "t5 gist"] and human == []
+    assert axes[1].get_lines()[0].get_xydata().tolist() == [[1, 75], [2, 75]]
+    assert axes[0].get_lines()[1].get_ydata() == [75, 75]  # one n_gist: a level
 
 
 def test_win_rates_are_drawn(tmp_path):

@@ -16,21 +16,29 @@ import data
 import eval
 
 
-def draw_n_gist(ax, runs: list[str], metric: str) -> None:
-    """A line for every architecture, condition and split: its runs by their number of tokens."""
-    lines = {}  # label -> (n_gist, score) of every run
+def draw_n_gist(axes, runs: list[str], metric: str) -> None:
+    """A panel for every split, and in it every architecture and condition by its n_gist.
+
+    What was trained with one n_gist only, as the controls, is a dotted level to compare with.
+    """
+    lines = {}  # (split, label) -> (n_gist, score) of every run
     for run in runs:
         file = Path(run) / "metrics.json"
         with data.reading(file, f"first: python eval.py run {run}"):
             metrics = json.loads(file.read_bytes())
-            for split in data.SPLITS:
-                if split in metrics:
-                    label = f"{metrics['arch']} {metrics['condition']}, {split}"
-                    point = (metrics["n_gist"], 100 * metrics[split][metric])
-                    lines.setdefault(label, []).append(point)
-    for label, points in lines.items():
-        ax.plot(*zip(*sorted(points)), "o-", label=label)
-    ax.set(xlabel="n_gist", ylabel=f"{metric}, %", ylim=(0, 100))
+            for split in metrics.keys() & set(data.SPLITS):
+                label = f"{metrics['arch']} {metrics['condition']}"
+                point = (metrics["n_gist"], 100 * metrics[split][metric])
+                lines.setdefault((split, label), []).append(point)
+    colors = {label: f"C{i}" for i, label in enumerate(sorted({label for _, label in lines}))}
+    for ax, split in zip(axes, data.SPLITS):
+        for label, color in colors.items():
+            points = sorted(lines.get((split, label), []))
+            if len(points) == 1:
+                ax.axhline(points[0][1], color=color, linestyle=":", label=label)
+            elif points:
+                ax.plot(*zip(*points), "o-", color=color, label=label)
+        ax.set(title=split, xlabel="n_gist", ylabel=f"{metric}, %", ylim=(0, 100))
 
 
 def draw_winrates(ax, files: list[str]) -> None:
@@ -50,12 +58,15 @@ def main() -> None:
     parser.add_argument("--metric", default="rougeL", help="one of metrics.json (%(default)s)")
     parser.add_argument("--out", default="results.png")
     flags = parser.parse_args()
-    figure, ax = data.new_figure(8, 5)
     if flags.kind == "n_gist":
-        draw_n_gist(ax, flags.results, flags.metric)
+        figure, axes = data.new_figure(10, 4, panels=3)
+        draw_n_gist(axes, flags.results, flags.metric)
+        ax = axes[0]
     else:
+        figure, ax = data.new_figure(8, 5)
         draw_winrates(ax, flags.results)
-    figure.legend(loc="outside upper center", ncols=2, fontsize="small")
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize="small")
     data.save_figure(figure, flags.out)
     print(f"wrote {flags.out}")
 
