@@ -2,7 +2,7 @@
 
     for s in 100 200 400; do for c in gist pos_control neg_control; do
         python train.py --condition $c --max_steps $s --out_dir out/$c-$s; done; done
-    python -m tests.exercises.learning_curve out/pos_control-* out/neg_control-* out/gist-* --out curve.png
+    python -m tests.exercises.learning_curve out/{gist,pos_control,neg_control}-*
 
 `neg_control` sees nothing of the prompt, `pos_control` all of it. The gist's share of the way from
 one to the other is what it keeps:  share = (gist - neg_control) / (pos_control - neg_control).
@@ -10,6 +10,9 @@ For every number of steps that all three conditions were trained for, this print
 (ROUGE-L by default) of a split and the share with its 95% interval. That is the bootstrap's: draw
 as many examples as there are, with replacement, 1,000 times, the same for all three conditions; the
 middle 950 shares lie in it. Seconds.
+
+With the runs behind the README's table (seed 0, 3,000 steps), the gist keeps 96.8% (94.7 to 98.5) of
+unseen ROUGE-L in a LLaMA and 83.2% (79.6 to 86.9) in a T5; the paper's LLaMA-7B keeps 91%.
 """
 
 import argparse
