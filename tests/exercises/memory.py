@@ -4,11 +4,11 @@
 
 Weights, gradients and AdamW's two moments are exact: 16 bytes a parameter, spread over the GPUs
 (FSDP). A GPU that takes several micro-batches for a step keeps whole gradients until the last one:
-4 more bytes a parameter, not spread. For the backward pass, a layer keeps about 36·d_model + 8·d_ff bytes per token in bf16
-(T5, for its biases and its cross-attention: 72·d_model); or, with --checkpoint_activations, its
-fp32 input, and all of that for one layer at a time. Not counted: logits, and the whole weights of
-the layers at work. Where do 36 and 8 come from? Count the tensors that a layer's backward needs;
-`torch.autograd.graph.saved_tensors_hooks` shows them.
+4 more bytes a parameter, not spread. For the backward pass, a layer keeps about 36·d_model + 8·d_ff
+bytes per token in bf16 (T5, for its biases and its cross-attention: 72·d_model); or, with
+--checkpoint_activations, its fp32 input, and all of that for one layer at a time. Not counted:
+logits, and the whole weights of the layers at work. Where do 36 and 8 come from? Count the tensors
+that a layer's backward needs; `torch.autograd.graph.saved_tensors_hooks` shows them.
 
 LLaMA-7B in micro-batches of 4 on 4 GPUs: 25.1 GiB of states, 25.1 of whole gradients, 14.4 of
 activations, or 1.4 of them with --checkpoint_activations.
