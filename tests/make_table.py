@@ -41,6 +41,10 @@ def setting(run: dict) -> tuple[str, str]:
     return NAMES[run["arch"]], what
 
 
+def setting_order(run: dict) -> tuple[str, bool, int, str]:
+    return run["arch"], bool(run["tfidf"]), run["n_gist"], run["condition"]
+
+
 def cell(values: list[float]) -> str:
     mean = sum(values) / len(values)
     return f"{mean:.1f} ({min(values)} to {max(values)})" if len(values) > 1 else f"{mean:.1f}"
@@ -61,5 +65,6 @@ def rows(runs: dict) -> dict[tuple[str, str], str]:
 if __name__ == "__main__":
     if sys.argv[1:]:
         runs = json.loads(FILE.read_text()) | read_runs(sys.argv[1:])
-        FILE.write_text(json.dumps(dict(sorted(runs.items())), indent=1) + "\n")
+        ordered = sorted(runs.items(), key=lambda item: (*setting_order(item[1]), item[0]))
+        FILE.write_text(json.dumps(dict(ordered), indent=1) + "\n")
     print("\n".join(rows(json.loads(FILE.read_text())).values()))

@@ -91,6 +91,7 @@ def test_the_masks_tables_are_those_of_the_code():
 
 
 def test_results_are_those_of_the_committed_runs():
-    written = README + (ROOT / "assets" / "results.md").read_text()
-    for row in rows(json.loads(FILE.read_text())).values():
-        assert row in written
+    results = (ROOT / "assets" / "results.md").read_text()
+    for (_, what), row in rows(json.loads(FILE.read_text())).items():
+        in_readme = what.strip("`") in gist_mask.TABLE
+        assert row in (README if in_readme else results)
