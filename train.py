@@ -151,12 +151,11 @@ def fit(
     config: as `fill_in` returns it. loss_function(model, batch, gist_id, condition): the loss of a
     batch of `data.collate` in nats, summed over its labels. out_dir: a Path that is to keep the
     log, a checkpoint every config.save_every steps, and the weights at the end; None: nothing is
-    written. validation: lists of data.Example by name, whose `batch_loss` the log gets
-    every config.eval_every steps.
+    written. validation: lists of data.Example by name, whose `batch_loss` the log gets every
+    config.eval_every steps.
 
-    Ctrl-C and SIGTERM end training after the current step. Returns the signal's
-    number, else None. Raises DataError if loss or weights are no longer finite, or if out_dir does
-    not allow this run.
+    Ctrl-C and SIGTERM end training after the current step. Returns the signal's number, else None.
+    Raises DataError if loss or weights are no longer finite, or if out_dir does not allow this run.
     """
     prepare(model, config)
     optimizers = make_optimizers(model, config)

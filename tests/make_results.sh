@@ -68,6 +68,18 @@ smollm2() {
         run "smollm2-$condition" --condition $condition --init_from "$SMOLLM2" --data "$ALPACA" \
             --epochs 1 --batch_size 8 --lr 2e-4
     done
+    local two_passes=(--init_from "$SMOLLM2" --data "$ALPACA" --max_steps 300 --batch_size 8
+        --lr 2e-4 --dtype bfloat16 --eval_every 100 --overwrite --no_eval)
+    local teacher=$OUT/smollm2-pos_control-300 gist=$OUT/smollm2-gist-300 distilled=$OUT/smollm2-distilled-300
+    if [ ! -f "$teacher/model.safetensors" ]; then
+        python train.py --condition pos_control "${two_passes[@]}" --out_dir "$teacher"
+    fi
+    if [ ! -f "$gist/model.safetensors" ]; then
+        python train.py "${two_passes[@]}" --out_dir "$gist"
+    fi
+    if [ ! -f "$distilled/model.safetensors" ]; then
+        python -m tests.exercises.distillation --teacher "$teacher" "${two_passes[@]}" --out_dir "$distilled"
+    fi
     python profile.py run "$SMOLLM2" --prompt_tokens 32 64 128 256 512 --out assets/profile.png
 }
 
@@ -79,12 +91,22 @@ paper() {
 exercises() {
     local model=$OUT/llama-gist-1-seed0
     run llama-gist-1-seed0
+    for condition in pos_control neg_control; do
+        run "llama-$condition-1-seed0" --condition $condition
+    done
     python -m tests.exercises.live_table
     python -m tests.exercises.count_flops --p 26 --q 10
     python -m tests.exercises.sixteen_users "$model"
     python -m tests.exercises.mean_of_two_gists "$model"
     python -m tests.exercises.cartridge "$model"
     python -m tests.exercises.what_else_to_keep "$model" "$OUT/llama-pos_control-1-seed0"
+    if [ ! -f "$OUT/distilled/metrics.json" ]; then
+        python -m tests.exercises.distillation --teacher "$OUT/llama-pos_control-1-seed0" \
+            --out_dir "$OUT/distilled" --overwrite
+        python eval.py run "$OUT/distilled"
+    fi
+    python -m tests.exercises.learning_curve --out "$OUT/curve.png" \
+        "$OUT"/llama-{gist,pos_control,neg_control}-1-seed0
     python -m tests.exercises.several_gists
     python -m tests.exercises.accumulating_gists
     python -m tests.exercises.long_prompts --out assets/shots.png

@@ -415,16 +415,20 @@ def test_distillation_has_the_gradient_of_the_slow_sum_over_places_and_tokens(
         target = torch.tensor([[model.config.start_id] + e.output[:-1]])
         return model(source, target, mask, cross_mask, positions=where)[0]
 
-    slow = 0.0
+    slow, slow_of_labels = 0.0, 0.0
     for e in examples:
         p = logits(teacher, e, "pos_control").softmax(-1).detach()
-        slow -= (p * logits(model, e, "gist").log_softmax(-1)).sum()
+        log_p = logits(model, e, "gist").log_softmax(-1)
+        slow -= (p * log_p).sum()
+        slow_of_labels -= sum(log_p[place, token] for place, token in enumerate(e.output))
     slow.backward()
     wanted = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
     batch = data.collate(examples, tokenizer.pad_id, arch)
     loss = distillation.distillation_loss(model, batch, gist_id, "gist", teacher, "pos_control")
     loss.backward()
+    of_labels = train.batch_loss(model, batch, gist_id, "gist")
+    torch.testing.assert_close(of_labels, slow_of_labels.float())
     torch.testing.assert_close(loss, slow.float())  # the models are in fp64, their logits in fp32
     for parameter, grad in zip(model.parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.grad, grad, atol=1e-5, rtol=1e-5)

@@ -3,8 +3,8 @@
     python -m tests.exercises.accumulating_gists                    # three trainings
     python -m tests.exercises.accumulating_gists --rules one        # one of them
 
-As in a conversation of several turns, a prompt comes in parts, and each is compressed as
-it arrives. Three rules, for a LLaMA and instructions of three steps:
+As in a conversation of several turns, a prompt comes in parts, and each is compressed as it
+arrives. Three rules, for a LLaMA and instructions of three steps:
 
     one           all of them after the prompt: step step step G G G
     apart         each step sees itself only:    step G step G step G      (several_gists.py)
