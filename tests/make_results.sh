@@ -13,15 +13,14 @@ OUT=${OUT:-out/results}
 SEEDS=${SEEDS:-0 1 2}
 
 run() {  # NAME FLAGS...: train and evaluate, unless that is done
-    local out=$OUT/$1 resume=""
+    local out=$OUT/$1
     shift
     if [ -f "$out/metrics.json" ]; then return; fi
-    if [ -f "$out/model.safetensors" ]; then
-        python eval.py run "$out"
-    else
-        if [ -f "$out/train_log.jsonl" ]; then resume=--resume; fi
-        python train.py "$@" --out_dir "$out" $resume
-    fi
+    python train.py "$@" --out_dir "$out" $(resume "$out")
+}
+
+resume() {  # OUT: the flag that goes on with a run, or evaluates one that has all its steps
+    if [ -f "$1/train_log.jsonl" ]; then echo --resume; fi
 }
 
 masks() {
@@ -64,22 +63,24 @@ profile() {
 }
 
 smollm2() {
+    local flags=(--init_from "$SMOLLM2" --data "$ALPACA" --epochs 1 --batch_size 8 --lr 2e-4 --dtype bfloat16)
+    local answers=(--max_new_tokens 128) out
     for condition in gist pos_control neg_control; do
-        run "smollm2-$condition" --condition $condition --init_from "$SMOLLM2" --data "$ALPACA" \
-            --epochs 1 --batch_size 8 --lr 2e-4
+        out=$OUT/smollm2-$condition
+        if [ ! -f "$out/metrics.json" ]; then
+            python train.py --condition $condition "${flags[@]}" --no_eval --out_dir "$out" $(resume "$out")
+            python eval.py run "$out" --dtype bfloat16 "${answers[@]}"
+        fi
     done
-    local two_passes=(--init_from "$SMOLLM2" --data "$ALPACA" --max_steps 300 --batch_size 8
-        --lr 2e-4 --dtype bfloat16 --eval_every 100 --overwrite --no_eval)
-    local teacher=$OUT/smollm2-pos_control-300 gist=$OUT/smollm2-gist-300 distilled=$OUT/smollm2-distilled-300
-    if [ ! -f "$teacher/model.safetensors" ]; then
-        python train.py --condition pos_control "${two_passes[@]}" --out_dir "$teacher"
-    fi
-    if [ ! -f "$gist/model.safetensors" ]; then
-        python train.py "${two_passes[@]}" --out_dir "$gist"
-    fi
-    if [ ! -f "$distilled/model.safetensors" ]; then
-        python -m tests.exercises.distillation --teacher "$teacher" "${two_passes[@]}" --out_dir "$distilled"
-    fi
+    for condition in gist neg_control; do
+        out=$OUT/sink-$condition
+        if [ ! -f "$out/metrics.json" ]; then
+            python -m tests.exercises.attention_sink --condition $condition "${flags[@]}" "${answers[@]}" \
+                --out_dir "$out" $(resume "$out")
+        fi
+    done
+    python -m tests.exercises.learning_curve "$OUT"/sink-{gist,neg_control} "$OUT"/smollm2-pos_control \
+        --metric loss --window 30 --out assets/smollm2.png
     python profile.py run "$SMOLLM2" --prompt_tokens 32 64 128 256 512 --out assets/profile.png
 }
 

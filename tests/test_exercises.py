@@ -20,6 +20,7 @@ from t5 import T5, T5Config
 
 from exercises import (  # isort: skip
     accumulating_gists,
+    attention_sink,
     cartridge,
     distillation,
     gist_library,
@@ -130,6 +131,23 @@ def test_distillation_trains_a_run_and_wants_the_tokenizer_of_its_teacher(folder
     assert done.returncode == 2 and "another --seed" in done.stderr
 
 
+def test_attention_sink_trains_and_evaluates_a_run(folder, make_run, tmp_path):
+    model, tokenizer = data.load_model(make_run("llama"))
+    data.save_model(tmp_path / "pretrained", model, tokenizer)
+    out_dir = tmp_path / "sink"
+    flags = ("--data", folder, "--max_steps", 2, "--batch_size", 4, "--device", "cpu")
+    flags += ("--out_dir", out_dir, "--max_new_tokens", 5)
+    text = run("attention_sink", "--init_from", tmp_path / "pretrained", *flags)
+    assert f"{out_dir} unseen" in text
+    metrics = json.loads((out_dir / "metrics.json").read_text())
+    assert metrics["steps"] == 2
+    run("attention_sink", "--init_from", tmp_path / "pretrained", *flags, "--resume")
+    assert json.loads((out_dir / "metrics.json").read_text()) == metrics
+    command = [sys.executable, "-m", "tests.exercises.attention_sink", *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "--init_from" in done.stderr
+
+
 def test_accumulating_gists_runs():
     lines = run("accumulating_gists", *SHORT, "--n_test", 3).splitlines()
     assert [line.split(":")[0] for line in lines] == list(accumulating_gists.RULES)
@@ -206,6 +224,36 @@ def test_learning_curve_gives_the_share_and_the_interval_of_a_binomial(tmp_path)
     (tmp_path / "gist" / "outputs-unseen.csv").write_text(rows)
     with pytest.raises(data.DataError, match="other examples"):
         learning_curve.read_scores(files[7], "rougeL")
+
+
+def test_learning_curve_of_losses_takes_the_same_batches_of_all_three(tmp_path):
+    level = {"neg_control": 3.0, "gist": 2.5, "pos_control": 1.0}
+    for condition, loss in level.items():
+        folder = tmp_path / condition
+        folder.mkdir()
+        config = {"condition": condition, "data_hash": "", "batch_size": 8, "seed": 0}
+        (folder / "config.json").write_text(json.dumps({"gisting": config}))
+        losses = [loss + 0.1 * step for step in range(7 if condition == "gist" else 9)]
+        lines = [json.dumps({"step": i + 1, "loss": x}) for i, x in enumerate(losses)]
+        (folder / "train_log.jsonl").write_text("\n".join(lines))
+    runs = [str(tmp_path / condition) for condition in level]
+    picture = tmp_path / "curve.png"
+    flags = (*runs, "--metric", "loss", "--window", 3, "--out", picture)
+    rows = [line.split() for line in run("learning_curve", *flags).splitlines()[1:-1]]
+    means = [(3, 3.1, 2.6, 1.1), (6, 3.4, 2.9, 1.4)]  # step 7 does not fill a window
+    assert [tuple(map(float, row[:4])) for row in rows] == means
+    assert [row[4:] for row in rows] == [["25.0", "(25.0", "to", "25.0)"]] * 2
+    assert picture.stat().st_size > 5000
+    for some, window, says in ((runs[:2], 3, "one run"), (runs, 8, "7 steps")):
+        with pytest.raises(data.DataError, match=says):
+            learning_curve.read_losses(some, window)
+    text = json.dumps({"gisting": config | {"seed": 1}})
+    (tmp_path / "pos_control" / "config.json").write_text(text)
+    with pytest.raises(data.DataError, match="another data_hash, batch_size, seed"):
+        learning_curve.read_losses(runs, 3)
+    (tmp_path / "gist" / "train_log.jsonl").write_text('{"loss": null}')
+    with pytest.raises(data.DataError, match="train_log"):
+        learning_curve.read_losses(runs, 3)
 
 
 # ---- The table ----
@@ -346,6 +394,56 @@ def test_parts_compressed_one_after_the_other_are_those_of_one_pass(tokenizer):
         keys.append(cache.keys)
     assert torch.allclose(keys[0], keys[2][:, :1], atol=1e-5)
     assert torch.allclose(keys[1], keys[2][:, :2], atol=1e-5)
+
+
+# ---- The attention sink ----
+
+
+@pytest.mark.parametrize("condition", gist_mask.TABLE)
+def test_with_the_sink_the_input_sees_the_first_token_and_prompts_do_not(condition):
+    rng, bos = random.Random(0), 1
+    for _ in range(20):
+        kinds = ["first"] + ["prompt"] * rng.randint(0, 4) + ["gist"] * rng.randint(1, 3)
+        kinds += ["input"] * rng.randint(0, 4)
+        ids = {"first": bos, "gist": G}
+        tokens = torch.tensor([[ids.get(kind, rng.randrange(2, G)) for kind in kinds]])
+        with attention_sink.first_token_is_input(bos):
+            mask = gist_mask.decoder_mask(tokens, G, condition)[0, 0]
+        unseen = {
+            "gist": {("prompt", "first"), ("gist", "first"), ("input", "prompt")},
+            "pos_control": set(),
+            "neg_control": {("prompt", "first"), ("gist", "first"), ("input", "prompt")}
+            | {("input", "gist")},
+        }[condition]
+        for q, query in enumerate(kinds):
+            for k, key in enumerate(kinds):
+                assert mask[q, k] == (k <= q and (query, key) not in unseen)
+    assert not gist_mask.decoder_mask(tokens, G)[0, 0, -1, 0] or kinds[-1] != "input"
+
+
+@pytest.mark.parametrize("condition", gist_mask.TABLE)
+def test_with_the_sink_a_batch_answers_from_the_cache_as_the_whole_row(
+    condition, records, tokenizer
+):
+    model = small("llama", tokenizer.vocab_size)
+    gist_id = tokenizer.gist_id
+    examples = [data.layout(record, tokenizer, 2) for record in records["unseen"][:6]]
+    assert len({len(e.prompt) for e in examples}) > 1
+    with attention_sink.first_token_is_input(tokenizer.bos_id):
+        answers = eval.answer(model, tokenizer, examples, condition, 6)
+        for e, text in zip(examples, answers):
+            row, new = e.prompt + e.input, []
+            while len(new) < 6 and new[-1:] != [tokenizer.eos_id]:
+                tokens = torch.tensor([row + new])
+                mask = gist_mask.decoder_mask(tokens, gist_id, condition)
+                with torch.no_grad():
+                    logits = model(tokens, mask, gist_mask.positions(tokens, gist_id))
+                new.append(logits[0, -1].argmax().item())
+            assert text == tokenizer.decode([i for i in new if i != tokenizer.eos_id]).strip()
+        prompts = eval.pad_left([examples[0].prompt], model, tokenizer)
+        cache = eval.compress_prompts(model, *prompts, gist_id, condition)
+    kept = {"gist": 1 + 2, "pos_control": len(examples[0].prompt), "neg_control": 1}
+    assert cache.length == kept[condition]
 
 
 # ---- Long prompts ----

@@ -17,8 +17,9 @@ Results of the full runs (one seed, ten minutes of one core each): exact match o
 human instructions is 87.7, 85.6 and 57.5, against 92.6, 92.3 and 66.0 with the labels. It does not
 help here, perhaps because an answer has one right wording, and the label says it. SmolLM2-135M on
 1,700 Alpaca+ examples, 300 steps of 8: the loss on unseen and human instructions is 2.033 and
-3.019, against 2.100 and 3.113 with the labels, which it learns by heart in the second pass. But one
-pass with the labels is better than both (1.908 and 2.805).
+3.019, against 2.100 and 3.113 with the labels, which it learns by heart in the second pass. Under
+the masks of `attention_sink`, two passes give 1.854 and 2.755, the best that was found: see
+assets/results.md.
 """
 
 import argparse

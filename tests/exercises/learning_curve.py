@@ -11,6 +11,13 @@ For every number of steps that all three conditions were trained for, this print
 as many examples as there are, with replacement, 1,000 times, the same for all three conditions; the
 middle 950 shares lie in it. Seconds.
 
+    python -m tests.exercises.learning_curve out/{gist,pos_control,neg_control}-400 --metric loss
+
+With --metric loss, one run of each condition is enough. In the first epoch every batch is new to
+the model, so the loss that train.py logs before it learns from a batch is a test loss. (Later ones
+are not: look at the first epoch only.) Each point covers the last --window steps, and the bootstrap
+draws batches instead of examples.
+
 With the runs behind the README's table (seed 0, 3,000 steps), the gist keeps 96.8% (94.7 to 98.5) of
 unseen ROUGE-L in a LLaMA and 83.2% (79.6 to 86.9) in a T5; the paper's LLaMA-7B keeps 91%.
 """
@@ -24,7 +31,8 @@ import numpy as np
 import data
 import eval
 
-METRICS = ("exact_match", "rouge1", "rouge2", "rougeL")
+METRICS = ("exact_match", "rouge1", "rouge2", "rougeL", "loss")
+SAME = ("data_hash", "batch_size", "seed")  # what decides the batches of a run
 NAMES = ("neg_control", "gist", "pos_control")
 
 
@@ -56,6 +64,28 @@ def read_scores(files: dict[str, Path], metric: str) -> list[np.ndarray]:
     return scores
 
 
+def read_losses(runs: list[str], window: int) -> dict[int, list[np.ndarray]]:
+    """The losses (window,) of each of NAMES, by the step at which a window ends."""
+    losses, configs = {}, {}
+    for run in runs:
+        with data.reading(Path(run) / "config.json", "give a run of train.py"):
+            config = data.read_config(run)["gisting"]
+            configs[run] = [config[name] for name in SAME]
+        log = Path(run) / "train_log.jsonl"
+        with data.reading(log, "give a run of train.py"):
+            lines = [json.loads(line) for line in log.read_bytes().splitlines()]
+            losses[config["condition"]] = np.array([float(line["loss"]) for line in lines])
+        if configs[run] != configs[runs[0]]:
+            raise data.DataError(f"{run}: another {', '.join(SAME)} than {runs[0]}")
+    if len(losses) < len(runs) or set(losses) != set(NAMES):
+        raise data.DataError(f"give one run of each of {', '.join(NAMES)} for --metric loss")
+    steps = min(map(len, losses.values()))
+    if window > steps:
+        raise data.DataError(f"--window {window}: the shortest run has {steps} steps")
+    ends = range(window, steps + 1, window)
+    return {end: [losses[name][end - window : end] for name in NAMES] for end in ends}
+
+
 def share(neg: np.ndarray, gist: np.ndarray, pos: np.ndarray) -> float:
     return (gist.mean() - neg.mean()) / (pos.mean() - neg.mean())
 
@@ -71,28 +101,32 @@ def interval(neg: np.ndarray, gist: np.ndarray, pos: np.ndarray) -> tuple[float,
 def main() -> None:
     parser = argparse.ArgumentParser(description="The share of the prompt that a gist keeps.")
     parser.add_argument("runs", nargs="+", help="evaluated runs of all three conditions")
-    parser.add_argument("--split", default="unseen", choices=data.SPLITS)
+    parser.add_argument("--split", default="unseen", choices=data.SPLITS, help="not for loss")
     parser.add_argument("--metric", default="rougeL", choices=METRICS)
     parser.add_argument("--out", default="curve.png")
+    parser.add_argument("--window", type=data.at_least(1), default=50, help="steps, for loss")
     flags = parser.parse_args()
-    curve = {}  # steps -> scores
-    for steps, files in read_runs(flags.runs, flags.split).items():
-        curve[steps] = read_scores(files, flags.metric)
+    if flags.metric == "loss":
+        curve, scale, digits = read_losses(flags.runs, flags.window), 1, 3
+    else:
+        runs, scale, digits = read_runs(flags.runs, flags.split), 100, 1  # percent
+        curve = {steps: read_scores(files, flags.metric) for steps, files in runs.items()}
 
     figure, (left, right) = data.new_figure(10, 4, panels=2)
     print("steps  " + "  ".join(f"{name:>11}" for name in (*NAMES, "share")))
     for steps, scores in curve.items():
         low, high = interval(*scores)
         kept = share(*scores)
-        means = [100 * x.mean() for x in scores]
-        print(f"{steps:5}  " + "  ".join(f"{mean:11.1f}" for mean in means), end="")
+        means = [scale * x.mean() for x in scores]
+        print(f"{steps:5}  " + "  ".join(f"{mean:11.{digits}f}" for mean in means), end="")
         print(f"  {100 * kept:11.1f} ({100 * low:.1f} to {100 * high:.1f})")
         spread = [[max(0, 100 * (kept - low))], [max(0, 100 * (high - kept))]]
         right.errorbar(steps, 100 * kept, yerr=spread, fmt="ko")
     for i, name in enumerate(NAMES):
-        means = [100 * scores[i].mean() for scores in curve.values()]
+        means = [scale * scores[i].mean() for scores in curve.values()]
         left.plot(list(curve), means, "o-", label=name)
-    left.set(xlabel="steps", ylabel=f"{flags.metric}, {flags.split}, %", ylim=(0, 100))
+    of_split = "training, nats per token" if flags.metric == "loss" else f"{flags.split}, %"
+    left.set(xlabel="steps", ylabel=f"{flags.metric}, {of_split}", ylim=(0, None))
     right.set(xlabel="steps", ylabel="share that the gist keeps, %")
     left.legend()
     data.save_figure(figure, flags.out)
