@@ -65,7 +65,7 @@ def main() -> None:
     if tokenizer is None and config.base:
         tokenizer = data.load_tokenizer(Path(config.base))
     if tokenizer is None or tokenizer.bos_id is None:
-        raise data.DataError(f"{config.init_from}: no tokenizer that begins a row with a token")
+        raise data.DataError(f"{config.init_from}: no tokenizer that begins a row; add the model's")
     with first_token_is_input(tokenizer.bos_id):
         stopped = train.train(config)
         if os.environ.get("RANK", "0") != "0":  # only the first process has more to do
