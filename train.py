@@ -182,7 +182,7 @@ def fit(
             n, lr = sum(map(len, batch)), factor * config.lr
             entry = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": n}
             seconds = time.perf_counter() - began
-            is_last = signals or step == config.max_steps
+            is_last = step == config.max_steps
             if validation and config.eval_every and (is_last or step % config.eval_every == 0):
                 entry |= validation_losses(model, validation, tokenizer, config)
             print(json.dumps(entry), file=log, flush=True)
@@ -191,7 +191,7 @@ def fit(
             ema = 0.95 * (ema or loss) + 0.05 * loss  # the loss, smoothed
             bar.set_postfix(ema=f"{ema:.3f}", tokens_s=f"{n / seconds:,.0f}", refresh=False)
             bar.update()
-            if out_dir and (is_last or step % config.save_every == 0):
+            if out_dir and (is_last or signals or step % config.save_every == 0):
                 save_checkpoint(out_dir, model, optimizers, run)
             if signals:
                 break

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -128,6 +129,28 @@ def test_a_run_cut_short_is_resumed_to_the_same_weights(run, folder, tmp_path, m
     assert (tmp_path / "model.safetensors").read_bytes() == whole.read_bytes()
     logs = [(out / "train_log.jsonl").read_text() for out in (tmp_path, run[0])]
     assert logs[0] == logs[1]
+
+
+def test_a_signal_saves_at_once_and_the_resumed_log_is_that_of_a_whole_run(
+    run, folder, tmp_path, monkeypatch
+):
+    """Stopped in step 5 of 6. The losses of validation, which take long, are not due there."""
+    config = small(folder, n_gist=2, out_dir=str(tmp_path), save_every=4, eval_every=4)
+    calls, accumulate = [], train.accumulate_gradients
+
+    def stop_in_step_5(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return accumulate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "accumulate_gradients", stop_in_step_5)
+        assert train.train(config) == signal.SIGTERM
+    assert (tmp_path / "checkpoint-5").is_dir() and len(losses(tmp_path)) == 5
+    assert train.train(replace(config, resume=True)) is None
+    logs = [(out / "train_log.jsonl").read_text() for out in (tmp_path, run[0])]
+    assert logs[0] == logs[1] and logs[0].count("loss_unseen") == 2
 
 
 def test_the_loop_trains_with_a_loss_of_ones_own_and_writes_nothing(folder, tmp_path, monkeypatch):
