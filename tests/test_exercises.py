@@ -148,6 +148,29 @@ def test_attention_sink_trains_and_evaluates_a_run(folder, make_run, tmp_path):
     assert done.returncode == 2 and "--init_from" in done.stderr
 
 
+def test_attention_sink_learns_from_a_teacher_under_its_own_masks(folder, make_run, tmp_path):
+    pretrained, teacher, out_dir = (tmp_path / name for name in ("pretrained", "teacher", "sink"))
+    data.save_model(pretrained, *data.load_model(make_run("llama")))
+    same = {"data": str(folder), "init_from": str(pretrained), "max_steps": 1, "device": "cpu"}
+    same["batch_size"] = 60  # all examples
+    train.train(train.Config(condition="pos_control", out_dir=str(teacher), **same))
+    flags = [text for name, value in same.items() for text in (f"--{name}", str(value))]
+    run("attention_sink", "--teacher", teacher, *flags, "--no_eval", "--out_dir", out_dir)
+    logged = json.loads((out_dir / "train_log.jsonl").read_text())["loss"]
+
+    model, tokenizer = data.load_model(pretrained)
+    data.add_gist_token(model, tokenizer)
+    examples, _ = data.make_examples(data.load_instructions(str(folder))["train"], tokenizer, 1)
+    batch = data.collate(examples, tokenizer.pad_id)
+    rest = (batch, tokenizer.gist_id, "gist", data.load_model(teacher)[0], "pos_control")
+    usual = distillation.distillation_loss(model, *rest)
+    with attention_sink.first_token_is_input(tokenizer.bos_id):
+        loss = distillation.distillation_loss(model, *rest)
+    n_labels = sum(len(e.output) for e in examples)
+    assert logged == pytest.approx(loss.item() / n_labels, rel=1e-5)
+    assert logged != pytest.approx(usual.item() / n_labels, rel=1e-5)
+
+
 def test_accumulating_gists_runs():
     lines = run("accumulating_gists", *SHORT, "--n_test", 3).splitlines()
     assert [line.split(":")[0] for line in lines] == list(accumulating_gists.RULES)

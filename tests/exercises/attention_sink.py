@@ -35,6 +35,7 @@ import data
 import eval
 import gist_mask
 import train
+from tests.exercises import distillation
 
 
 @contextmanager
@@ -55,6 +56,7 @@ def first_token_is_input(bos_id: int) -> Iterator[None]:
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--max_new_tokens", type=data.at_least(1))
+    parser.add_argument("--teacher")
     flags, sys.argv[1:] = parser.parse_known_args()
     config = train.read_flags()
     config.out_dir = config.out_dir or f"out/sink-{config.condition}-{config.n_gist}"
@@ -66,8 +68,11 @@ def main() -> None:
         tokenizer = data.load_tokenizer(Path(config.base))
     if tokenizer is None or tokenizer.bos_id is None:
         raise data.DataError(f"{config.init_from}: no tokenizer that begins a row; add the model's")
+    loss = train.batch_loss
+    if flags.teacher:
+        loss = distillation.from_teacher(flags.teacher, config)
     with first_token_is_input(tokenizer.bos_id):
-        stopped = train.train(config)
+        stopped = train.train(config, loss)
         if os.environ.get("RANK", "0") != "0":  # only the first process has more to do
             return
         if not stopped and not config.no_eval:

@@ -47,18 +47,21 @@ def distillation_loss(
     return F.cross_entropy(logits, wanted.softmax(dim=-1), reduction="sum")
 
 
+def from_teacher(run: str, config: train.Config) -> partial:
+    """The loss function of a run that learns from another. Raises DataError if they differ."""
+    teacher, _, its_config = eval.open_run(run, device=config.device)
+    for name in SAME:
+        if its_config[name] != getattr(config, name):
+            raise data.DataError(f"{run}: another --{name}; give the teacher's")
+    return partial(distillation_loss, teacher=teacher, its_condition=its_config["condition"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--teacher", required=True)
     flags, sys.argv[1:] = parser.parse_known_args()
     config = train.fill_in(train.read_flags())
-    teacher, _, its_config = eval.open_run(flags.teacher, device=config.device)
-    for name in SAME:
-        if its_config[name] != getattr(config, name):
-            raise data.DataError(f"{flags.teacher}: another --{name}; give the teacher's")
-    its_condition = its_config["condition"]
-    loss = partial(distillation_loss, teacher=teacher, its_condition=its_condition)
-    train.train(config, loss)
+    train.train(config, from_teacher(flags.teacher, config))
 
 
 if __name__ == "__main__":
