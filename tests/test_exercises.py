@@ -231,7 +231,8 @@ def test_learning_curve_gives_the_share_and_the_interval_of_a_binomial(tmp_path)
         folder.mkdir()
         rows = [f"x,{'fox' if i < k else 'cup'},fox" for i in range(n)]
         (folder / "outputs-unseen.csv").write_text("\n".join(["x,y_pred,y_true", *rows]))
-        (folder / "metrics.json").write_text(json.dumps({"steps": 7, "condition": condition}))
+        metrics = {"steps": 7, "condition": condition, "arch": "llama"}
+        (folder / "metrics.json").write_text(json.dumps(metrics))
     picture = tmp_path / "curve.png"
     text = run("learning_curve", *map(tmp_path.joinpath, right), "--out", picture)
     assert text.splitlines()[1].split()[:5] == ["7", "0.0", "30.0", "100.0", "30.0"]
@@ -247,6 +248,10 @@ def test_learning_curve_gives_the_share_and_the_interval_of_a_binomial(tmp_path)
     (tmp_path / "gist" / "outputs-unseen.csv").write_text(rows)
     with pytest.raises(data.DataError, match="other examples"):
         learning_curve.read_scores(files[7], "rougeL")
+    metrics["arch"] = "t5"
+    (tmp_path / "pos_control" / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(data.DataError, match="llama and t5"):
+        learning_curve.read_runs([str(tmp_path / c) for c in right], "unseen")
 
 
 def test_learning_curve_of_losses_takes_the_same_batches_of_all_three(tmp_path):

@@ -38,16 +38,19 @@ NAMES = ("neg_control", "gist", "pos_control")
 
 def read_runs(runs: list[str], split: str) -> dict[int, dict[str, Path]]:
     """By steps and condition, the answers of runs: of those steps that have all of NAMES."""
-    files = {}
+    files, archs = {}, set()
     for run in runs:
         file = Path(run) / "metrics.json"
         with data.reading(file, f"first: python eval.py run {run}"):
             metrics = json.loads(file.read_bytes())
             steps, condition = metrics["steps"], metrics["condition"]
+            archs.add(metrics["arch"])
         by_condition = files.setdefault(steps, {})
         if condition in by_condition:
             raise data.DataError(f"{run}: a second run of {condition} with {steps} steps; give one")
         by_condition[condition] = Path(run) / f"outputs-{split}.csv"
+    if len(archs) > 1:
+        raise data.DataError(f"runs of {' and '.join(sorted(archs))}; give those of one")
     whole = {steps: files[steps] for steps in sorted(files) if set(NAMES) <= files[steps].keys()}
     if not whole:
         raise data.DataError("no number of steps has runs of all three conditions; give more runs")
