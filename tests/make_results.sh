@@ -79,6 +79,11 @@ smollm2() {
                 --out_dir "$out" $(resume "$out")
         fi
     done
+    out=$OUT/sink-distilled
+    if [ ! -f "$out/metrics.json" ]; then
+        python -m tests.exercises.attention_sink --teacher "$OUT/smollm2-pos_control" "${flags[@]}" --epochs 2 \
+            "${answers[@]}" --out_dir "$out" $(resume "$out")
+    fi
     python -m tests.exercises.learning_curve "$OUT"/sink-{gist,neg_control} "$OUT"/smollm2-pos_control \
         --metric loss --window 30 --out assets/smollm2.png
     python profile.py run "$SMOLLM2" --prompt_tokens 32 64 128 256 512 --out assets/profile.png

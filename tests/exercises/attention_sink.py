@@ -15,13 +15,15 @@ Every mask asks `gist_mask.segments`, so this one change covers training, cachin
 cache of a prompt has one more column, which depends on nothing but its position. By the same table,
 prompt and gist no longer see the first token; the first word of the prompt becomes their sink.
 
-All flags but --max_new_tokens, the longest answer of the evaluation, are those of train.py. A model
-trained this way must be used this way, and nothing in its folder says so: eval.py would use the
-usual masks. To evaluate a finished run again, give --resume to this program.
+All flags are those of train.py, but for two: --max_new_tokens, the longest answer of the
+evaluation, and --teacher, a run of pos_control to learn from as in `distillation`. A model trained
+this way must be used this way, and nothing in its folder says so: eval.py would use the usual
+masks. To evaluate a finished run again, give --resume to this program.
 
 Results (SmolLM2-135M, one epoch of 1,700 Alpaca+ examples, one seed; half an hour on one busy core,
 evaluation included): the loss on unseen instructions is 1.898, against 2.079 with the usual masks,
-1.955 under neg_control and 1.737 under pos_control. assets/results.md has more.
+1.955 under neg_control and 1.737 under pos_control. Two epochs with that pos_control as --teacher
+give 1.854. assets/results.md has more.
 """
 
 import argparse

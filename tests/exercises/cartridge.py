@@ -8,8 +8,8 @@ model writes, and train these keys and values alone to answer the examples (Eyub
 "Cartridges", arXiv 2506.06266). Both are then tested on other inputs: if the trained one is right
 where the written one is not, then the token has room, and it is the writing that fails.
 
-With the model of the main job, 300 steps on 64 examples of one instruction, 100 others to test, exact
-match in percent, three instructions each:
+With the model of the main job, 300 steps on 64 examples of one instruction, 100 others to test,
+exact match in percent, three instructions each:
 
     --kind       written        trained
     if there     100, 52, 61    100, 100, 98

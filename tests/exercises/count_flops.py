@@ -3,9 +3,9 @@
     python -m tests.exercises.count_flops --p 26 --q 10        # seconds
 
 LLaMA-7B reads p prompt tokens, one gist token and q input tokens, from nothing or from the cached
-gist. A matrix with m x n entries costs 2·m·n FLOPs a token; attention costs 4·H·K in every layer for
-every pair of a query and a key, even if it is masked. Logits count for every token; norms, softmax
-and making the gist do not count. The shape is in `model.PRESETS`.
+gist. A matrix with m x n entries costs 2·m·n FLOPs a token; attention costs 4·H·K in every layer
+for every pair of a query and a key, even if it is masked. Logits count for every token; norms,
+softmax and making the gist do not count. The shape is in `model.PRESETS`.
 
 For p = 26, q = 10 it prints 489.6 GFLOPs without a cache and 132.2 from the gist, three times the
 same: the sum of the lines, the formula, and the counter.

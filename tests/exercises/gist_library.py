@@ -1,6 +1,6 @@
 """Gists in files: compress a prompt today, answer from it tomorrow, without the prompt.
 
-    python -m tests.exercises.gist_library out/llama-gist-1 lamp.gist --instruction "Put lamp first."
+    python -m tests.exercises.gist_library out/llama-gist-1 lamp.gist --instruction "Put lamp first"
     python -m tests.exercises.gist_library out/llama-gist-1 lamp.gist --input "fox cup sun"
 
 Seconds each. A gist fits only the weights that made it, so the file says which these were: a gist
