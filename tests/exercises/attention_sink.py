@@ -23,7 +23,8 @@ masks. To evaluate a finished run again, give --resume to this program.
 Results (SmolLM2-135M, one epoch of 1,700 Alpaca+ examples, one seed; half an hour on one busy core,
 evaluation included): the loss on unseen instructions is 1.898, against 2.079 with the usual masks,
 1.955 under neg_control and 1.737 under pos_control. Two epochs with that pos_control as --teacher
-give 1.854. assets/results.md has more.
+give 1.854. With 1,600 steps, the gist covers 62% of the way between the controls in ROUGE-L.
+assets/results.md has more.
 """
 
 import argparse
