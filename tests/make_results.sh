@@ -13,14 +13,16 @@ OUT=${OUT:-out/results}
 SEEDS=${SEEDS:-0 1 2}
 
 run() {  # NAME FLAGS...: train and evaluate, unless that is done
-    local out=$OUT/$1
-    shift
-    if [ -f "$out/metrics.json" ]; then return; fi
-    python train.py "$@" --out_dir "$out" $(resume "$out")
+    run_program train.py "$@"
 }
 
-resume() {  # OUT: the flag that goes on with a run, or evaluates one that has all its steps
-    if [ -f "$1/train_log.jsonl" ]; then echo --resume; fi
+run_program() {  # PROGRAM NAME FLAGS...: the same with another program than train.py
+    local program=$1 out=$OUT/$2 resume=""
+    shift 2
+    if [ -f "$out/metrics.json" ]; then return; fi
+    # This goes on with a run that was cut short, and evaluates one that has all its steps.
+    if [ -f "$out/train_log.jsonl" ]; then resume=--resume; fi
+    python $program "$@" --out_dir "$out" $resume
 }
 
 masks() {
@@ -63,29 +65,26 @@ profile() {
 }
 
 smollm2() {
-    local flags=(--init_from "$SMOLLM2" --data "$ALPACA" --epochs 1 --batch_size 8 --lr 2e-4 --dtype bfloat16)
-    local answers=(--max_new_tokens 128) out
+    local flags=(--init_from "$SMOLLM2" --data "$ALPACA" --batch_size 8 --lr 2e-4 --dtype bfloat16)
+    local answers=(--max_new_tokens 128) sink="-m tests.exercises.attention_sink" out
     for condition in gist pos_control neg_control; do
         out=$OUT/smollm2-$condition
         if [ ! -f "$out/metrics.json" ]; then
-            python train.py --condition $condition "${flags[@]}" --no_eval --out_dir "$out" $(resume "$out")
+            run "smollm2-$condition" --condition $condition "${flags[@]}" --epochs 1 --no_eval
             python eval.py run "$out" --dtype bfloat16 "${answers[@]}"
         fi
     done
     for condition in gist neg_control; do
-        out=$OUT/sink-$condition
-        if [ ! -f "$out/metrics.json" ]; then
-            python -m tests.exercises.attention_sink --condition $condition "${flags[@]}" "${answers[@]}" \
-                --out_dir "$out" $(resume "$out")
-        fi
+        run_program "$sink" "sink-$condition" --condition $condition "${flags[@]}" --epochs 1 "${answers[@]}"
     done
-    out=$OUT/sink-distilled
-    if [ ! -f "$out/metrics.json" ]; then
-        python -m tests.exercises.attention_sink --teacher "$OUT/smollm2-pos_control" "${flags[@]}" --epochs 2 \
-            "${answers[@]}" --out_dir "$out" $(resume "$out")
-    fi
+    for steps in 426 1600; do
+        run_program "$sink" "distilled-$steps" --teacher "$OUT/smollm2-pos_control" \
+            --max_steps $steps "${flags[@]}" "${answers[@]}"
+    done
     python -m tests.exercises.learning_curve "$OUT"/sink-{gist,neg_control} "$OUT"/smollm2-pos_control \
         --metric loss --window 30 --out assets/smollm2.png
+    python -m tests.exercises.learning_curve "$OUT"/sink-gist "$OUT"/distilled-{426,1600} \
+        "$OUT"/smollm2-{pos,neg}_control --out "$OUT/shares.png"
     python profile.py run "$SMOLLM2" --prompt_tokens 32 64 128 256 512 --out assets/profile.png
 }
 

@@ -7,7 +7,8 @@
 `neg_control` sees nothing of the prompt, `pos_control` all of it. The gist's share of the way from
 one to the other is what it keeps:  share = (gist - neg_control) / (pos_control - neg_control).
 For every number of steps that all three conditions were trained for, this prints the three scores
-(ROUGE-L by default) of a split and the share with its 95% interval. That is the bootstrap's: draw
+(ROUGE-L by default) of a split and the share with its 95% interval. (A control of which there is
+only one run is compared with every gist.) That is the bootstrap's: draw
 as many examples as there are, with replacement, 1,000 times, the same for all three conditions; the
 middle 950 shares lie in it. Seconds.
 
@@ -51,6 +52,11 @@ def read_runs(runs: list[str], split: str) -> dict[int, dict[str, Path]]:
         by_condition[condition] = Path(run) / f"outputs-{split}.csv"
     if len(archs) > 1:
         raise data.DataError(f"runs of {' and '.join(sorted(archs))}; give those of one")
+    for name in NAMES[::2]:
+        controls = [by_condition[name] for by_condition in files.values() if name in by_condition]
+        if len(controls) == 1:
+            for by_condition in files.values():
+                by_condition[name] = controls[0]
     whole = {steps: files[steps] for steps in sorted(files) if set(NAMES) <= files[steps].keys()}
     if not whole:
         raise data.DataError("no number of steps has runs of all three conditions; give more runs")
