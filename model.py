@@ -10,13 +10,14 @@ biases; keys and values may have fewer heads than queries (grouped-query attenti
 
 Nothing here knows what a gist is for. The model takes a mask and positions, and can keep some
 columns of its key-value cache, and that is all that gisting needs:
-- positions are explicit and may be negative: a gist stands at 0 and its prompt before it, so a
-  cached gist fits any input;
+- a mask says who may attend to whom, padding included; without one, attention is causal;
+- positions are explicit and may be negative: an input begins at 0 and its prompt stands before it,
+  so a cached gist fits any input;
 - a compressed prompt is a `Cache` that kept only the gist's columns; `generate` goes on from it;
-- training makes logits only where there is a label: none for the prompt, none for padding.
+- logits are made only where they are asked for (`where`): in training, where there is a label.
 
-Letters of the shapes: B batch, T sequence, S keys, H heads, D model width, K head width,
-V vocabulary, L layers.
+Letters of the shapes: B batch, T sequence, C columns of a cache, S keys (C + T), H heads, D model
+width, K head width, V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -87,19 +88,24 @@ class Attention(nn.Module):
     def forward(self, x, mask, cos, sin, past):
         """x: (B, T, D); mask: (B or 1, 1, T, S) bool; cos, sin: as in `rotate`. Returns (B, T, D).
 
-        past: keys and values of this layer, two of (B, S, H_kv, K), for `append`; or None.
+        past: keys and values of this layer with room for the new ones (`append`), or None.
         """
+        # Every token asks with its query; the keys are where it can look, the values what it finds.
         q, k, v = self.queries_keys_values(x, cos, sin)
+        # What was read before is in the cache, and the new keys and values go there, too. The mask
+        # is as wide as all keys so far, the new ones last.
         if past is not None:
-            end = mask.shape[-1]  # the mask is as wide as all columns, the new ones last
-            k, v = append(past, k, v, end)  # (B, S, H_kv, K)
-        group = q.shape[2] // k.shape[2]  # query heads that share a key-value head
-        if group > 1 and x.is_cuda:  # where a mask and groups together have no fast kernel
+            k, v = append(past, k, v, end=mask.shape[-1])  # (B, S, H_kv, K)
+        # A group of query heads shares one head of keys and values.
+        group = q.shape[2] // k.shape[2]
+        if group > 1 and x.is_cuda:  # no fast kernel there takes both a mask and groups
             k = k.repeat_interleave(group, dim=2)
             v = v.repeat_interleave(group, dim=2)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H or H_kv, T or S, K)
+        # Score all pairs, hide those that the mask forbids, and average the values by what is left.
         is_grouped = k.shape[1] < q.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=is_grouped)
+        # Put the heads side by side, and mix them.
         return self.wo(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
@@ -117,7 +123,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then feed-forward, each behind a norm and beside a residual path."""
+    """One layer: attention, then feed-forward, each after a norm and added to the residual path."""
 
     def __init__(self, c):
         super().__init__()
@@ -179,7 +185,7 @@ class Llama(nn.Module):
         tokens, mask, positions: as in `forward`. past: for every layer, keys and values with room
         for the new tokens' (`Cache.with_room`), which are written into them.
         """
-        cos, sin = self.angles(positions)
+        cos, sin = self.angles(positions)  # the same for all layers
         x = self.embedding(tokens)  # (B, T, D)
         for i, layer in enumerate(self.layers):
             x = layer(x, mask, cos, sin, None if past is None else past[i])
@@ -197,75 +203,58 @@ class Llama(nn.Module):
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         cache: Cache | None = None,
+        where: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, T, V) of the next token at every place.
+        """Logits of the next token: (B, T, V), or (N, V) for the N places that `where` names.
 
-        tokens: (B, T) int64. mask: (B, 1, T, S + T) bool, True = may attend, the S columns of the
-        cache first; None is causal. positions: (B, T) int64, may be negative; None counts on from
-        the cache, or from 0. cache: what was read before (`compress`); it is not changed.
+        tokens: (B, T) int64. mask: (B, 1, T, C + T) bool, True = may attend, the C columns of the
+        cache first; None is causal and hides no padding. positions: (B, T) int64, may be negative;
+        None counts from 0. cache: what was read before (`compress`), which is not changed; its rows
+        are B, or one for all. where: (B, T) bool; other places do not reach the output head. With
+        V = 32,000, the logits of a whole batch would be its largest tensor.
         """
-        mask, positions, cache = self.fill_in(pad_attention_mask(tokens), mask, positions, cache)
-        past = cache.with_room(tokens.shape[1])
-        return self.logits(self.hidden(tokens, mask, positions, past))
+        B, T = tokens.shape
+        C, past = 0, None
+        if cache is not None:
+            C, past = cache.length, cache.expand(B).with_room(T)
+        mask, positions = causal_unless_given(mask, positions, T, C, tokens.device)
+        hidden = self.hidden(tokens, mask, positions, past)  # (B, T, D)
+        if where is not None:
+            hidden = hidden[where]  # (N, D)
+        return self.logits(hidden)
 
-    def fill_in(self, attention_mask, mask, positions, cache):
-        """What was not given: an empty cache, a causal mask, positions that count on."""
-        if cache is None:
-            c = self.config
-            heads = (c.n_layers, c.n_kv_heads, c.head_dim)
-            cache = Cache.empty(len(attention_mask), heads, 0, self.embedding.weight)
-        if mask is None:
-            mask = cache.causal_mask(attention_mask)
-        if positions is None:
-            positions = cache.positions_behind(attention_mask)
-        return mask, positions, cache
-
-    def label_logits(
-        self,
-        tokens: Tensor,
-        targets: Tensor,
-        mask: Tensor | None = None,
-        positions: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Logits (N, V), fp32, of the N places that have a label, and the labels (N,).
-
-        targets: (B, T) int64, the token to predict at every place, or IGNORE_INDEX. The rest: as in
-        `forward`. Other places do not reach the output head: with V = 32,000, the logits of a whole
-        batch would be its largest tensor.
-        """
-        mask, positions, _ = self.fill_in(pad_attention_mask(tokens), mask, positions, None)
-        is_label = targets != IGNORE_INDEX  # (B, T)
-        hidden = self.hidden(tokens, mask, positions)[is_label]  # (N, D)
-        return self.logits(hidden).float(), targets[is_label]
+    def empty_cache(self, batch):
+        c = self.config
+        return Cache.empty(batch, (c.n_layers, c.n_kv_heads, c.head_dim), self.embedding.weight)
 
     @torch.no_grad()
     def compress(
         self,
         tokens: Tensor,
-        attention_mask: Tensor | None = None,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> Cache:
         """Read prompts once, and keep some columns to go on from.
 
-        tokens: (B, T) int64. attention_mask: (B, T) bool, False on padding. mask: (B, 1, T, T)
-        bool; None is causal. positions: (B, T + 1) int64, of the tokens and of what comes next;
-        None counts the tokens from 0. keep: (T,) bool, the columns to keep; None keeps all, which
-        is the paper's instruction caching.
+        tokens: (B, T) int64. mask: (B, 1, T, T) bool; None is causal. positions: (B, T) int64; None
+        ends at -1, as the input begins at 0. keep: (T,) bool, the columns to keep, the same for
+        all rows; None keeps all, which is the paper's instruction caching.
         """
-        T = tokens.shape[1]
-        not_padding = pad_attention_mask(tokens, attention_mask, 1)  # (B, T + 1)
-        mask, positions, cache = self.fill_in(not_padding, mask, positions, None)
-        past = cache.with_room(T)
-        hidden = self.hidden(tokens, mask[:, :, :T, :T], positions[:, :T], past)
-        return Cache.from_layers(past, not_padding, positions, hidden[:, :, :0]).select(keep)
+        B, T = tokens.shape
+        if positions is None:
+            positions = torch.arange(-T, 0, device=tokens.device)[None]  # (1, T)
+        mask, positions = causal_unless_given(mask, positions, T, 0, tokens.device)
+        # Read the prompt with its gist tokens; every layer leaves its keys and values in `past`.
+        past = self.empty_cache(B).with_room(T)
+        self.hidden(tokens, mask, positions, past)
+        # Keep some columns, the gist's. The others are dropped, which is where the saving is.
+        return Cache.from_layers(past).select(keep)
 
     @torch.no_grad()
     def generate(
         self,
         tokens: Tensor,
-        attention_mask: Tensor | None = None,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         cache: Cache | None = None,
@@ -275,24 +264,40 @@ class Llama(nn.Module):
     ) -> list[list[int]]:
         """Continue every row greedily. Returns B lists of the new tokens, without `eos_id`.
 
-        tokens: (B, T) int64, T >= 1; attention_mask: (B, T) bool, False on padding, which stands on
-        the left. cache: what was read before (`compress`); it is not changed. mask: (B, 1, T + N,
-        S + T + N) bool and positions: (B, T + N) int64, with N = max_new_tokens, are for the given
-        tokens and those to come; None is causal, and counts on from the cache, or from 0. A row
-        ends at `eos_id`, all of them after N tokens.
+        tokens: (B, T) int64, T >= 1; padding stands on the left, and only a mask hides it. cache:
+        what was read before (`compress`); it is not changed. mask: (B, 1, T + N, C + T + N) bool
+        and positions: (B, T + N) int64, with N = max_new_tokens, are for the given tokens and those
+        to come; None is causal, and counts from 0. A row ends at `eos_id`, all of them after N
+        tokens.
         """
-        T = tokens.shape[1]
-        not_padding = pad_attention_mask(tokens, attention_mask, max_new_tokens)  # (B, T + N)
-        assert not_padding[:, T - 1].all(), "rows have to be padded on the left"
-        mask, positions, cache = self.fill_in(not_padding, mask, positions, cache)
-        past = cache.with_room(T + max_new_tokens)
+        B, T = tokens.shape
+        columns = T + max_new_tokens
+        cache = self.empty_cache(B) if cache is None else cache.expand(B)
+        C, past = cache.length, cache.with_room(columns)
+        mask, positions = causal_unless_given(mask, positions, columns, C, tokens.device)
 
         def next_logits(new: Tensor, start: int) -> Tensor:
+            # The new tokens are the row's columns from start to end: their rows of the mask, and
+            # its columns up to their own.
             end = start + new.shape[1]
-            seen = mask[:, :, start:end, : cache.length + end]
-            return self.logits(self.hidden(new, seen, positions[:, start:end], past)[:, -1])
+            seen = mask[:, :, start:end, : C + end]
+            hidden = self.hidden(new, seen, positions[:, start:end], past)
+            return self.logits(hidden[:, -1])  # only the last token's say what comes next
 
         return generate_tokens(next_logits, tokens, max_new_tokens, eos_id)
+
+
+def causal_unless_given(mask, positions, T, C, device):
+    """The mask and positions of T tokens after C columns of a cache, with a default for each.
+
+    A causal mask lets every token see the C columns, itself and no later token: (1, 1, T, C + T).
+    Positions count from 0, after a cache, too, as a prompt's positions are negative: (1, T).
+    """
+    if mask is None:
+        mask = torch.ones(T, C + T, dtype=torch.bool, device=device).tril(diagonal=C)[None, None]
+    if positions is None:
+        positions = torch.arange(T, device=device)[None]
+    return mask, positions
 
 
 # ---- The cache ----
@@ -302,83 +307,84 @@ class Llama(nn.Module):
 class Cache:
     """What was read before: keys and values of every layer. Row b is one prompt.
 
-    keys, values: (B, S, L, H_kv, K). attention_mask: (B, S) bool, False on padding. positions:
-    (B, S) int64, where the columns stand. hidden: (B, S, D), the last layer's output, which only an
-    encoder's cache needs; D = 0 in a decoder's. next_position: (B, 1) int64, that of what follows.
+    keys, values: (B, C, L, H_kv, K). segments: (B, C) int64, what the columns are (gist_mask.py),
+    from which follows who may see them; `eval.compress_prompts` adds them. Only an encoder's cache
+    needs positions, (B, C) int64, and hidden, (B, C, D), its output.
     """
 
     keys: Tensor
     values: Tensor
-    attention_mask: Tensor
-    positions: Tensor
-    hidden: Tensor
-    next_position: Tensor
+    segments: Tensor | None = None
+    positions: Tensor | None = None
+    hidden: Tensor | None = None
 
     @staticmethod
-    def empty(batch: int, heads: tuple[int, int, int], d_hidden: int, like: Tensor) -> Cache:
-        """No columns yet. heads: L, H_kv and K. Device and dtype are those of `like`."""
-        nothing = like.new_empty(batch, 0, *heads)
-        hidden = like.new_empty(batch, 0, d_hidden)
-        start = like.new_zeros(batch, 1, dtype=torch.int64)
-        no_column = start[:, :0]
-        return Cache(nothing, nothing, no_column.bool(), no_column, hidden, start)
+    def empty(batch: int, shape: tuple[int, int, int], like: Tensor) -> Cache:
+        """No columns yet. shape: L, H_kv and K. Device and dtype are those of `like`."""
+        nothing = like.new_empty(batch, 0, *shape)
+        return Cache(nothing, nothing)
 
     @staticmethod
-    def from_layers(past, attention_mask, positions, hidden):
-        """attention_mask, positions: (B, S + 1), the last column is that of what follows."""
+    def from_layers(past, **others):
+        """past: keys and values of every layer, each (B, C, H_kv, K). others: the other fields."""
         keys, values = (torch.stack(layers, dim=2) for layers in zip(*past))
-        there, next_position = positions[:, :-1], positions[:, -1:]
-        return Cache(keys, values, attention_mask[:, :-1], there, hidden, next_position)
+        return Cache(keys, values, **others)
 
     @property
     def length(self) -> int:
-        """S, the number of columns."""
-        return self.attention_mask.shape[1]
+        """C, the number of columns."""
+        return self.keys.shape[1]
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys, values and hidden states."""
-        return self.keys.nbytes + self.values.nbytes + self.hidden.nbytes
+        tensors = (self.keys, self.values, self.hidden)
+        return sum(x.nbytes for x in tensors if x is not None)
+
+    def change(self, function) -> Cache:
+        """A cache with the function's result in the place of every tensor."""
+        return Cache(*[None if x is None else function(x) for x in vars(self).values()])
 
     def __getitem__(self, rows: slice | list[int] | Tensor) -> Cache:
         """Some rows, in any order and as often as wanted."""
-        return Cache(*[x[rows] for x in vars(self).values()])
+        return self.change(lambda x: x[rows])
 
     def select(self, keep: Tensor | None) -> Cache:
-        """Only some columns. keep: (S,) bool; None keeps all."""
-        if keep is None:
-            return self
-        *columns, next_position = vars(self).values()
-        return Cache(*[x[:, keep] for x in columns], next_position)
+        """Only some columns. keep: (C,) bool; None keeps all."""
+        return self if keep is None else self.change(lambda x: x[:, keep])
+
+    def expand(self, batch: int) -> Cache:
+        """A row for each of so many inputs: its own rows, or its only one for all, not copied."""
+        rows = len(self.keys)
+        if rows not in (1, batch):
+            raise ValueError(
+                f"a cache of {rows} prompts cannot answer {batch} inputs: give one prompt for all "
+                "of them, or one for each"
+            )
+        return self.change(lambda x: x.expand(batch, *x.shape[1:]))
 
     @staticmethod
     def cat(caches: list[Cache]) -> Cache:
-        """Join batches of prompts into one. Shorter ones get padding behind them."""
+        """Join batches of prompts into one. Shorter ones get PADDING after their columns.
+
+        Raises ValueError if they differ in length and have no segments, which hide the padding.
+        """
+        if len({cache.length for cache in caches}) > 1 and any(c.segments is None for c in caches):
+            raise ValueError("caches of different lengths need segments, as compress_prompts makes")
         joined = []
         for parts in zip(*[vars(cache).values() for cache in caches]):
-            rows = [row for part in parts for row in part]  # (S, ...), S as in its own cache
+            if parts[0] is None:
+                joined.append(None)
+                continue
+            rows = [row for part in parts for row in part]  # (C, ...), C as in its own cache
             joined.append(pad_sequence(rows, batch_first=True))
         return Cache(*joined)
 
     def with_room(self, columns):
-        """For every layer, copies of keys and values (B, S + columns, H_kv, K)."""
-        room = (0, 0, 0, 0, 0, columns)  # nothing around K and H, zeros behind S
+        """For every layer, copies of keys and values (B, C + columns, H_kv, K)."""
+        room = (0, 0, 0, 0, 0, columns)  # nothing around K and H, zeros after C
         layers = zip(self.keys.unbind(2), self.values.unbind(2))
         return [(F.pad(k, room), F.pad(v, room)) for k, v in layers]
-
-    def positions_behind(self, attention_mask):
-        """Count on from here; padding does not count. attention_mask: (B, T). Returns (B, T)."""
-        return self.next_position + attention_mask.cumsum(dim=1) - 1
-
-    def causal_mask(self, attention_mask):
-        """New tokens see those before them that are not padding, and themselves.
-
-        attention_mask: (B, T) bool. Returns (B, 1, T, S + T) bool.
-        """
-        there = torch.cat([self.attention_mask, attention_mask], dim=1)[:, None, None]
-        mask = there.repeat(1, 1, attention_mask.shape[1], 1).tril(diagonal=self.length)
-        mask.diagonal(self.length, 2, 3).fill_(True)  # themselves
-        return mask
 
 
 def append(past, k, v, end):
@@ -390,24 +396,15 @@ def append(past, k, v, end):
     return keys[:, :end], values[:, :end]
 
 
-def pad_attention_mask(tokens, attention_mask=None, n_more=0):
-    """The attention mask of the tokens and of `n_more` to come, (B, T + n_more) bool.
-
-    attention_mask: (B, T) bool; None is no padding.
-    """
-    if attention_mask is None:
-        attention_mask = torch.ones_like(tokens, dtype=torch.bool)
-    return F.pad(attention_mask, (0, n_more), value=True)
-
-
 # ---- Answering ----
 
 
 def generate_tokens(next_logits, tokens, max_new_tokens, eos_id):
     """The loop that answers, until every row has met `eos_id`. Returns B lists of new tokens.
 
-    next_logits(new (B, T), start) -> (B, V): what follows new tokens, before which `start` others
-    stand. It is called with all of `tokens` (prefill), then with one new token a row (decode).
+    next_logits(new (B, T), start) -> (B, V): what follows new tokens, which come after `start`
+    earlier ones. It is called with all of `tokens` (prefill), then with one new token of every row
+    (decode).
     """
     answers = [[] for _ in tokens]
     unfinished = range(len(tokens))  # rows
@@ -415,10 +412,14 @@ def generate_tokens(next_logits, tokens, max_new_tokens, eos_id):
     for _ in range(max_new_tokens):
         if not unfinished:
             break
-        new = next_logits(tokens, start).argmax(dim=-1)  # (B,)
+        # Read what is new: at first the whole input, then the token that was just written.
+        logits = next_logits(tokens, start)  # (B, V)
         start += tokens.shape[1]
-        tokens = new[:, None]
-        ids = new.tolist()
+        # Write the most probable token. To sample one at a temperature instead:
+        # (logits / temperature).softmax(dim=-1).multinomial(1)
+        tokens = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
+        # A row that has met the end goes on with the others, but nothing of it is kept.
+        ids = tokens[:, 0].tolist()
         unfinished = [row for row in unfinished if ids[row] != eos_id]
         for row in unfinished:
             answers[row].append(ids[row])
@@ -426,6 +427,11 @@ def generate_tokens(next_logits, tokens, max_new_tokens, eos_id):
 
 
 # ---- The shape of a model, and how others write it down ----
+
+
+class Unsupported(ValueError):
+    """A checkpoint that is whole, but of a kind that we do not have."""
+
 
 # Our names -> Hugging Face's, of a configuration's numbers and of the tensors (N: the layer).
 HF_CONFIG = {
@@ -457,6 +463,10 @@ HF_NAMES = {
 # fmt: off
 LLAMA3_SCALING = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                       original_max_position_embeddings=8192)
+# Meta's params.json does not say the factor. By width and number of layers, those of LLaMA 3.2 1B
+# and 3B, 3.1 8B (and 3), 70B and 405B in their config.json; see also llama-models, issue 241.
+LLAMA3_FACTORS = {(2048, 16): 32.0, (3072, 28): 32.0,
+                  (4096, 32): 8.0, (8192, 80): 8.0, (16384, 126): 8.0}
 PRESETS = {
     "llama-tiny": dict(),
     "llama-7b": dict(vocab_size=32000, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32,
@@ -506,7 +516,7 @@ class LlamaConfig:
     def from_hf(cls, raw: dict) -> LlamaConfig:
         """From a config.json, whose older kinds have `rope_scaling`, newer `rope_parameters`.
 
-        Raises ValueError, KeyError or TypeError for what is not supported.
+        Raises Unsupported, or what a broken one can: ValueError, KeyError, TypeError.
         """
         raw = {key: value for key, value in raw.items() if value is not None}
         for group in ("rope_scaling", "rope_parameters"):
@@ -523,8 +533,13 @@ class LlamaConfig:
         if "head_dim" not in raw:
             raw["head_dim"] = raw["hidden_size"] // heads
         kind, activation = raw["rope_type"], raw["hidden_act"]
-        if kind not in ("default", "llama3") or activation != "silu":
-            raise ValueError(f"rotary type {kind} and hidden_act {activation} are not supported")
+        if kind not in ("default", "llama3"):
+            raise Unsupported(f"rotary type {kind} is not supported")
+        if activation != "silu":
+            raise Unsupported(f"hidden_act {activation} is not supported")
+        for key in ("attention_bias", "mlp_bias"):
+            if raw.get(key):
+                raise Unsupported(f"{key} is not supported")
         return cls(
             **{ours: raw[theirs] for ours, theirs in HF_CONFIG.items()},
             rope_scaling={key: raw[key] for key in LLAMA3_SCALING} if kind == "llama3" else None,
@@ -552,8 +567,13 @@ class LlamaConfig:
             "vocab_size": vocab_size,
             "hidden_size": raw["dim"],
             "intermediate_size": d_ff,
-            "rope_scaling": LLAMA3_SCALING if raw.get("use_scaled_rope") else None,
         }
+        if raw.get("use_scaled_rope"):
+            shape = raw["dim"], raw["n_layers"]
+            if shape not in LLAMA3_FACTORS:
+                advice = "download the model in Hugging Face's layout"
+                raise Unsupported(f"the factor of its rotary scaling is unknown; {advice}")
+            in_hf["rope_scaling"] = LLAMA3_SCALING | {"factor": LLAMA3_FACTORS[shape]}
         return cls.from_hf(in_hf)
 
 
@@ -571,7 +591,7 @@ def check_numbers(config, names):
 
 
 def make_embedding(n, dim):
-    """A table without values: PyTorch would fill it, which takes seconds."""
+    """A table that is not filled: PyTorch would do so, which takes seconds."""
     return nn.Embedding.from_pretrained(torch.empty(n, dim), freeze=False)
 
 

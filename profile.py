@@ -2,7 +2,6 @@
 
     python profile.py paper                        # the paper's efficiency table, from shapes alone
     python profile.py run OUT_DIR                  # the same of a real model, with times
-    python profile.py train|generate OUT_DIR       # throughput
 
 Before the first token of an answer, a model reads p prompt tokens, n gist tokens and q input
 tokens. What a cache has kept of the prompt decides how many of them are new, and how many keys
@@ -32,7 +31,7 @@ import os
 import runpy
 from functools import partial
 from pathlib import Path
-from statistics import mean, median
+from statistics import fmean, median
 from timeit import timeit
 
 LENGTHS = Path(__file__).parent / "assets" / "human_lengths.csv"
@@ -84,14 +83,15 @@ def human_lengths(model):
     return [(int(row[3]), 1, int(row[2])) for row in rows if row[0] == model]
 
 
-def print_table(prompts, average):
-    """For every caching the averages over prompts, and what part it saves."""
+def print_savings(prompts):
+    """For every caching the means over prompts, and what part it saves."""
     names = prompts[0]["none"]
     print("caching     " + "".join(f"{name:>14}         " for name in names))
     for caching in prompts[0]:
         line = f"{caching:12}"
         for name in names:
-            value, whole = (average(rows[c][name] for rows in prompts) for c in (caching, "none"))
+            value = fmean(rows[caching][name] for rows in prompts)
+            whole = fmean(rows["none"][name] for rows in prompts)
             saved = f"-{1 - value / whole:.1%}" if 0 < value < whole else ""
             line += f"{value:14,.1f} {saved:8}"
         print(line)
@@ -104,16 +104,16 @@ def paper() -> None:
     new tokens, T5 for the first token of its answer.
     """
     for name in ("llama-7b", "flan-t5-xxl"):
-        config = new_model(name, "meta").config
+        config = model_of_shape(name, "meta").config
         print(f"\n{name}")
         prompts = [costs(config, *row, not is_t5(config)) for row in human_lengths(name)]
-        print_table(prompts, mean)
+        print_savings(prompts)
 
 
 # ---- A real model ----
 
 
-def new_model(preset, device):
+def model_of_shape(preset, device):
     """A Llama or T5 in the shape of a preset. Raises data.DataError."""
     import torch
 
@@ -132,9 +132,11 @@ def new_model(preset, device):
 
 
 def open_model(name: str, *, device: str | None = None):
-    """model: a checkpoint, or a preset with random weights; on a GPU in bf16.
+    """The model of a checkpoint, or a preset with random weights; on a GPU in bf16.
 
-    device: cuda, mps or cpu; default: the first that is there. Raises data.DataError.
+    device: cuda, mps or cpu (default: the first of these that is there)
+
+    Raises data.DataError.
     """
     import data
 
@@ -142,9 +144,9 @@ def open_model(name: str, *, device: str | None = None):
     if Path(name).is_dir():
         model, _ = data.load_model(name, device=device)
     else:
-        model = new_model(name, device)
+        model = model_of_shape(name, device)
         model.init_weights()
-    return model.eval().bfloat16() if device.startswith("cuda") else model.eval().float()
+    return model.bfloat16() if device.startswith("cuda") else model.float()
 
 
 def timings(calls, repeats):
@@ -170,7 +172,7 @@ def measure(model, B, p, n, q, max_new_tokens, repeats):
         kept = row["cached_tokens"]
         keep = torch.arange(p + n) >= p + n - kept  # the last ones
         cache = model.compress(tokens[:, : p + n], keep=keep)
-        row["cache_kib"] = cache.nbytes / B / 2**10
+        row["cache_kib"] = cache.nbytes / B / 1024
         rest = tokens[:, p + n :] if kept else tokens
         calls[caching] = partial(model.generate, rest, cache=cache, max_new_tokens=max_new_tokens)
     for caching, ms in timings(calls, repeats).items():
@@ -181,70 +183,38 @@ def measure(model, B, p, n, q, max_new_tokens, repeats):
 def run_model(
     model: str,
     *,
-    prompt_tokens: list[int] | None = None,
+    prompt_tokens: list[int] = (32, 64, 128, 256),
     input_tokens: int = 32,
     max_new_tokens: int = 1,
-    limit: int = 10,
     repeats: int = 5,
     out: str = "profile.png",
     **opening,
 ) -> None:
     """Measure a model without caching, with instruction caching and with gist caching.
 
-    Without --prompt_tokens, prompts and inputs are as long as the first --limit ones that the paper
-    measured. The time is that of answers of --max_new_tokens tokens, which --out is a picture of.
+    model: a checkpoint, or a preset with random weights, like llama-tiny
+    prompt_tokens: lengths of prompts to measure
+    input_tokens: length of the input after them
+    max_new_tokens: length of the answer whose time is measured
+    repeats: measurements, of which the median counts
+    out: the picture of prompt tokens and milliseconds
     """
     import data
 
+    data.check_picture(out)
     model = open_model(model, **opening)
-    lengths = human_lengths("llama-7b")[:limit]
-    if prompt_tokens:
-        lengths = [(p, 1, input_tokens) for p in prompt_tokens]
-    prompts = [measure(model, 1, *row, max_new_tokens, repeats) for row in lengths]
-    for table in [[prompt] for prompt in prompts] if prompt_tokens else [prompts]:
-        print_table(table, median)
+    prompts = []
+    for p in prompt_tokens:
+        prompts.append(measure(model, 1, p, 1, input_tokens, max_new_tokens, repeats))
+        print_savings(prompts[-1:])
     figure, ax = data.new_figure(6, 3.5)
     for caching in prompts[0]:
-        rows = [prompt[caching] for prompt in prompts]
-        ax.plot([r["prompt_tokens"] for r in rows], [r["ms"] for r in rows], "o", label=caching)
+        x = [prompt[caching]["prompt_tokens"] for prompt in prompts]
+        y = [prompt[caching]["ms"] for prompt in prompts]
+        ax.plot(x, y, "o", label=caching)
     ax.set(xlabel="prompt tokens", ylabel="milliseconds")
     ax.legend(title="caching")
     data.save_figure(figure, out)
-    print(f"wrote {out}")
-
-
-def generate(model: str, *, repeats: int = 5, **opening) -> None:
-    """Measure tokens/s: prompts of 256 tokens, inputs and answers of 32, in batches of 1 and 16."""
-    model = open_model(model, **opening)
-    for B in (1, 16):
-        for caching, row in measure(model, B, 256, 1, 32, 32, repeats).items():
-            print(f"batch {B:2}   {caching:12}{1000 * 32 * B / row['ms']:12,.1f} tokens/s")
-
-
-def train(
-    model: str, *, batch_size: int = 8, length: int = 128, repeats: int = 5, **opening
-) -> None:
-    """Measure ten training steps with AdamW, half of an example's tokens in its output."""
-    from types import SimpleNamespace
-
-    import data
-    from train import Config, fill_in, fit
-
-    model = open_model(model, **opening)
-    half = [1] * (length // 2)
-    examples = [data.Example([*half, 0], [], half, {})] * batch_size
-    tokenizer = SimpleNamespace(pad_id=0, gist_id=0)
-    config = Config(
-        arch="t5" if is_t5(model.config) else "llama",
-        batch_size=batch_size,
-        max_steps=10,
-        device=str(model.embedding.weight.device),
-        optimizer="adamw",
-    )
-    model.float()  # as in a training, where only matrix products are in bf16
-    steps = partial(fit, model, tokenizer, examples, fill_in(config))
-    ms = timings({"steps": steps}, repeats)["steps"]
-    print(f"{10_000 * batch_size * length / ms:,.0f} tokens/s, {ms / 10:.1f} ms a step")
 
 
 # ---- The command line ----
@@ -253,15 +223,13 @@ def train(
 COMMANDS = {
     "paper": [paper],
     "run": [run_model, open_model],
-    "train": [train, open_model],
-    "generate": [generate, open_model],
 }
 
 
 def main():
-    import eval
+    import data
 
-    eval.run_command("What gisting saves, and how fast everything is.", COMMANDS)
+    data.run_command("What gisting saves, and how fast everything is.", COMMANDS, {})
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ Nothing here knows what a gist is for, as in model.py. What is special to an enc
 - no prompt token may see the input, or nothing of the prompt could be computed before the input is
   there.
 
-Letters of the shapes: B batch, T sequence, S keys, H heads, D model width, K head width,
-V vocabulary, L layers.
+Letters of the shapes: B batch, T sequence, C columns of a cache, S keys (C + T), H heads, D model
+width, K head width, V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -37,16 +37,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import (
-    IGNORE_INDEX,
     Cache,
     Linear,
     RMSNorm,
+    Unsupported,
     append,
     check_numbers,
     generate_tokens,
     linear,
     make_embedding,
-    pad_attention_mask,
 )
 
 
@@ -57,9 +56,9 @@ def relative_buckets(relative_position, bidirectional, n_buckets, max_distance):
                     min(N - 1, E + floor((N - E) log(d / E) / log(max_distance / E)))     d >= E
 
     relative_position: int64 of any shape, the key's position minus the query's. In a decoder N =
-    n_buckets, E = N / 2, d = how far the key lies back, and keys ahead count as 0. An encoder
-    (bidirectional) has N = n_buckets / 2 for keys behind or at the query, and as many for keys
-    ahead. Returns int64 in [0, n_buckets).
+    n_buckets, E = N / 2, d = how far the key lies back, and later keys count as 0. An encoder
+    (bidirectional) has N = n_buckets / 2 for keys before or at the query, and as many for keys
+    after it. Returns int64 in [0, n_buckets).
     """
     n = n_buckets // 2 if bidirectional else n_buckets
     exact = n // 2
@@ -90,10 +89,15 @@ class Attention(nn.Module):
         return self.wk(x).unflatten(-1, self.heads), self.wv(x).unflatten(-1, self.heads)
 
     def forward(self, x, k, v, bias):
-        """x: (B, T, D); k, v: (B, S, H, K); bias: (B or 1, H or 1, T or 1, S)."""
+        """x: (B, T, D); k, v: (B, S, H, K). Returns (B, T, D).
+
+        bias: (B or 1, H or 1, T or 1, S), or the same of bool as a mask.
+        """
         q = self.wq(x).unflatten(-1, self.heads)  # (B, T, H, K)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H, T or S, K)
+        # Score all pairs, add the bias (-inf hides a key), and average the values by what is left.
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        # Put the heads side by side, and mix them.
         return self.wo(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
@@ -115,7 +119,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One layer: attention, in a decoder cross-attention, and feed-forward.
 
-    Each stands behind a norm and beside a residual path.
+    Each comes after a norm and is added to the residual path.
     """
 
     def __init__(self, c, decoder):
@@ -129,11 +133,14 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(c)
 
     def forward(self, x, bias, past, memory, cross_mask):
+        """Arguments as in `Stack.forward`, of one layer."""
+        # Look at the tokens of the same text ...
         h = self.attention_norm(x)
         k, v = self.attention.keys_values(h)  # (B, T, H, K)
-        if past is not None:
-            k, v = append(past, k, v, bias.shape[-1])  # (B, S, H, K)
+        if past is not None:  # ... those before it, too
+            k, v = append(past, k, v, end=bias.shape[-1])  # (B, S, H, K)
         x = x + self.attention(h, k, v, bias)
+        # ... in a decoder, then at the source, as far as the cross-attention's mask allows.
         if memory is not None:
             x = x + self.cross_attention(self.cross_norm(x), *memory, cross_mask)
         return x + self.feed_forward(self.ffn_norm(x))
@@ -155,7 +162,8 @@ class Stack(nn.Module):
 
         positions: (B, S) int64 of the keys; the last T are those of the queries.
         """
-        distance = positions[:, None, :] - positions[:, -T:, None]  # (B, T, S)
+        queries = positions[:, positions.shape[1] - T :]  # (B, T), and T may be 0
+        distance = positions[:, None, :] - queries[:, :, None]  # (B, T, S)
         buckets = relative_buckets(distance, not self.decoder, *self.buckets)
         return self.relative_bias(buckets).permute(0, 3, 1, 2)
 
@@ -165,8 +173,8 @@ class Stack(nn.Module):
         x: (B, T, D), embedded tokens. positions: (B or 1, S) int64 of all keys, the T new ones
         last. mask: bool, True = may attend, broadcast to (B, 1, T, S). past: for every layer, keys
         and values with room for those of the new tokens, which are written into them. memory: for
-        every decoder layer, keys and values of the encoder's output; cross_mask: (B, 1, 1, S')
-        bool, which of them the decoder may see.
+        every decoder layer, keys and values of the encoder's output; cross_mask: (B, 1, 1, S)
+        bool, which of the source's S keys the decoder may see.
         """
         bias = self.bias(positions, x.shape[1])  # (B or 1, H, T, S)
         bias = bias.masked_fill(~mask, -math.inf)
@@ -218,31 +226,29 @@ class T5(nn.Module):
             return linear(hidden * self.config.d_model**-0.5, self.embedding.weight)
         return self.output(hidden)
 
-    def encode(self, source, attention_mask, mask, cross_mask, positions, cache):
-        """All that comes before the decoder. Arguments as in `generate`.
+    def encode(self, source, mask, positions, cache):
+        """What the decoder reads: keys and values (B, C + T, H, K) for each of its layers.
 
-        Returns its memory, keys and values (B, S, H, K) of the cache and the source for every
-        decoder layer, and which of them it may see, (B, 1, 1, S) bool.
+        Arguments as in `forward`. The C columns of the cache come first.
         """
         past = None
-        if cache is None:
-            cache = self.empty_cache(source, self.config.n_layers)
-        else:
-            past = cache.with_room(source.shape[1])
-        attention_mask = pad_attention_mask(source, attention_mask)
         if positions is None:
-            positions = cache.positions_behind(attention_mask)
-        positions = torch.cat([cache.positions, positions], dim=1)  # (B, S)
-        not_padding = torch.cat([cache.attention_mask, attention_mask], dim=1)[:, None, None]
-        mask = not_padding if mask is None else mask
-        cross_mask = not_padding if cross_mask is None else cross_mask
+            positions = torch.arange(source.shape[1], device=source.device)[None]
+        if cache is not None:
+            past = cache.with_room(source.shape[1])
+            positions = positions.expand(len(source), -1)
+            positions = torch.cat([cache.positions, positions], dim=1)  # (B, C + T)
+        if mask is None:  # everybody sees everything
+            mask = torch.ones_like(positions, dtype=torch.bool)[
+                :, None, None
+            ]  # (B or 1, 1, 1, C + T)
         hidden = self.encoder(self.embedding(source), positions, mask, past)  # (B, T, D)
-        hidden = torch.cat([cache.hidden, hidden], dim=1)  # (B, S, D)
-        memory = [layer.cross_attention.keys_values(hidden) for layer in self.decoder.layers]
-        return memory, cross_mask
+        if cache is not None:
+            hidden = torch.cat([cache.hidden, hidden], dim=1)  # (B, C + T, D)
+        return [layer.cross_attention.keys_values(hidden) for layer in self.decoder.layers]
 
     def hidden(self, target, memory, cross_mask, past=None, start=0):
-        """The decoder's output, (B, T, D), for a target (B, T), behind `start` tokens in `past`."""
+        """The decoder's output, (B, T, D), for a target (B, T) after `start` tokens in `past`."""
         positions = torch.arange(start + target.shape[1], device=target.device)  # (S,)
         causal = positions <= positions[start:, None]  # (T, S)
         x = self.embedding(target)
@@ -253,76 +259,68 @@ class T5(nn.Module):
         source: Tensor,
         target: Tensor,
         mask: Tensor | None = None,
-        cross_mask: Tensor | None = None,
-        attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
+        cross_mask: Tensor | None = None,
         cache: Cache | None = None,
+        where: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, T, V) of the next token at every place of the target.
+        """Logits of the target's tokens: (B, T_out, V), or (N, V) for the N places of `where`.
 
-        target: (B, T) int64, the decoder's input, `config.start_id` first. The rest as in
-        `generate`.
+        source: (B, T) int64. target: (B, T_out) int64, the tokens to predict, then IGNORE_INDEX or
+        padding. mask: bool, broadcast to (B, 1, T, C + T), True = a source token may attend, the C
+        columns of the cache first. positions: (B, T) int64, may be negative; None counts from 0.
+        cross_mask: (B, 1, 1, C + T) bool, what the decoder sees of the source. None, for either
+        mask, is everything, padding too. cache: what the encoder has read before (`compress`),
+        which is not changed; its rows are B, or one for all. where: (B, T_out) bool; other places
+        do not reach the output head.
         """
-        encoded = self.encode(source, attention_mask, mask, cross_mask, positions, cache)
-        return self.logits(self.hidden(target, *encoded))
+        if cache is not None:
+            cache = cache.expand(len(source))
+        memory = self.encode(source, mask, positions, cache)
+        # The decoder reads what it has to predict, one place later. IGNORE_INDEX, which comes after
+        # all labels, becomes token 0.
+        shifted = F.pad(target[:, :-1], (1, 0), value=self.config.start_id).clamp(min=0)
+        hidden = self.hidden(shifted, memory, cross_mask)  # (B, T_out, D)
+        if where is not None:
+            hidden = hidden[where]  # (N, D)
+        return self.logits(hidden)
 
-    def label_logits(
-        self,
-        source: Tensor,
-        targets: Tensor,
-        mask: Tensor | None = None,
-        cross_mask: Tensor | None = None,
-        positions: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Logits (N, V), fp32, of the N places that have a label, and the labels (N,).
-
-        targets: (B, T) int64, the tokens to predict, then IGNORE_INDEX. The rest as in `generate`.
-        """
-        encoded = self.encode(source, None, mask, cross_mask, positions, None)
-        # The decoder reads what it has to predict, one place later. IGNORE_INDEX, which stands
-        # behind every label, becomes token 0.
-        shifted = F.pad(targets[:, :-1], (1, 0), value=self.config.start_id).clamp(min=0)
-        is_label = targets != IGNORE_INDEX  # (B, T)
-        hidden = self.hidden(shifted, *encoded)[is_label]  # (N, D)
-        return self.logits(hidden).float(), targets[is_label]
-
-    def empty_cache(self, source, n_layers):
+    def empty_cache(self, batch, n_layers):
         c = self.config
-        heads = (n_layers, c.n_heads, c.head_dim)
-        return Cache.empty(len(source), heads, c.d_model, self.embedding.weight)
+        return Cache.empty(batch, (n_layers, c.n_heads, c.head_dim), self.embedding.weight)
 
     @torch.no_grad()
     def compress(
         self,
         source: Tensor,
-        attention_mask: Tensor | None = None,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> Cache:
         """Read prompts once, and keep some columns of the encoder to go on from.
 
-        As `Llama.compress`; mask: (B, 1, T, T) bool, None = all that is not padding. The cache is
-        exact if no token of the prompt would have seen what follows.
+        As `Llama.compress`; mask: (B, 1, T, T) bool, None = everything. The cache is exact if no
+        token of the prompt would have seen what follows.
         """
-        T = source.shape[1]
-        not_padding = pad_attention_mask(source, attention_mask, 1)  # (B, T + 1)
-        mask = not_padding[:, None, None, :T] if mask is None else mask
-        cache = self.empty_cache(source, self.config.n_layers)
+        B, T = source.shape
         if positions is None:
-            positions = cache.positions_behind(not_padding)
-        past = cache.with_room(T)
-        hidden = self.encoder(self.embedding(source), positions[:, :T], mask, past)
-        return Cache.from_layers(past, not_padding, positions, hidden).select(keep)
+            positions = torch.arange(-T, 0, device=source.device)[None]  # (1, T)
+        if mask is None:
+            mask = torch.ones_like(positions, dtype=torch.bool)[:, None, None]
+        # Read the prompt with its gist tokens; every layer leaves its keys and values in `past`.
+        past = self.empty_cache(B, self.config.n_layers).with_room(T)
+        hidden = self.encoder(self.embedding(source), positions, mask, past)
+        cache = Cache.from_layers(past, positions=positions.expand(B, -1), hidden=hidden)
+        # Keep the gist's columns, and what the decoder would see of them.
+        return cache.select(keep)
 
     @torch.no_grad()
     def generate(
         self,
         source: Tensor,
-        attention_mask: Tensor | None = None,
         mask: Tensor | None = None,
-        cross_mask: Tensor | None = None,
         positions: Tensor | None = None,
+        cross_mask: Tensor | None = None,
         cache: Cache | None = None,
         *,
         max_new_tokens: int = 256,
@@ -330,21 +328,20 @@ class T5(nn.Module):
     ) -> list[list[int]]:
         """Answer every row greedily. Returns B lists of the new tokens, without `eos_id`.
 
-        source: (B, T) int64; attention_mask: (B, T) bool, False on padding; None = no padding.
-        cache: what was read before (`compress`); it is not changed. mask: (B, 1, T, S + T) bool,
-        which keys a source token may attend to, the S columns of the cache first; cross_mask:
-        (B, 1, 1, S + T) bool, which of them the decoder sees; None = all that are not padding.
-        positions: (B, T) int64, may be negative; None counts on from the cache, or from 0. A row
-        ends at `eos_id`, all of them after max_new_tokens.
+        Arguments as in `forward`; padding may stand on either side. A row ends at `eos_id`, all of
+        them after max_new_tokens.
         """
-        c = self.config
-        encoded = self.encode(source, attention_mask, mask, cross_mask, positions, cache)
-        past = self.empty_cache(source, c.n_decoder_layers).with_room(max_new_tokens)
+        B = len(source)
+        if cache is not None:
+            cache = cache.expand(B)
+        memory = self.encode(source, mask, positions, cache)  # once, whatever is then written
+        past = self.empty_cache(B, self.config.n_decoder_layers).with_room(max_new_tokens)
 
         def next_logits(new: Tensor, start: int) -> Tensor:
-            return self.logits(self.hidden(new, *encoded, past, start)[:, -1])
+            hidden = self.hidden(new, memory, cross_mask, past, start)
+            return self.logits(hidden[:, -1])
 
-        first = source.new_full((len(source), 1), c.start_id)
+        first = source.new_full((B, 1), self.config.start_id)
         return generate_tokens(next_logits, first, max_new_tokens, eos_id)
 
 
@@ -432,7 +429,7 @@ class T5Config:
     def from_hf(cls, raw: dict) -> T5Config:
         """From a config.json; newer ones call `scale_decoder_outputs` what tied the embeddings.
 
-        Raises ValueError, KeyError or TypeError for what is not supported.
+        Raises Unsupported, or what a broken one can: ValueError, KeyError, TypeError.
         """
         defaults = {
             "num_decoder_layers": raw["num_layers"],
@@ -446,7 +443,7 @@ class T5Config:
         raw = defaults | {key: value for key, value in raw.items() if value is not None}
         kind = raw["feed_forward_proj"]
         if kind not in ("relu", "gated-gelu"):
-            raise ValueError(f"feed_forward_proj {kind} is not supported")
+            raise Unsupported(f"feed_forward_proj {kind} is not supported")
         return cls(
             **{ours: raw[theirs] for ours, theirs in HF_CONFIG.items()},
             gated=kind == "gated-gelu",

@@ -7,38 +7,37 @@
     loss = - sum log p(output token | what the mask lets it see) / number of output tokens
 
 The gist tokens get no loss of their own. They learn to hold the prompt because the output cannot
-look past them. The paper's controls train the same way under other masks (`--condition`). Its
-discrete baseline has no gist tokens: the instruction is cut down to its N words of highest TF-IDF,
-`--condition pos_control --n_gist 0 --tfidf N`.
+look past them. The paper's controls train the same way under other masks (`--condition`).
 
 In a notebook, `train(Config(n_gist=1))` does what the command does, except for the evaluation.
 `fit` is the loop alone, for your own model, examples and loss.
 
 A run leaves its weights, configuration and tokenizer in out_dir (Hugging Face's layout), with
-train_log.jsonl, loss.png and a folder checkpoint-STEP from which --resume goes on. Then eval.py
-answers every validation split.
+train_log.jsonl, loss.png and checkpoint.pt, from which --resume goes on. Then eval.py answers every
+validation split.
+
+The file reads in this order: the loss, a step, the loop; the optimizer; layers and processes; what
+a run keeps; the command line.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import inspect
+import itertools
 import json
 import math
 import os
-import pickle
-import re
-import shutil
 import signal
 import sys
+import threading
 import time
-import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
+from statistics import fmean
 
 # Threads that spin while they wait make a busy machine ten times slower; those that never spin make
 # a quiet one 1.4 times slower. A short spin avoids both. OpenMP reads this when torch is imported.
@@ -47,11 +46,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import AdamW, Optimizer
@@ -67,79 +68,105 @@ from t5 import T5, T5Config
 # ---- The loss, a step, the loop ----
 
 
-def batch_loss(model, batch: dict[str, Tensor], gist_id: int, condition: str) -> Tensor:
+def batch_loss(model, batch: dict[str, Tensor], condition: str) -> Tensor:
     """Cross-entropy of a batch's outputs, in nats, summed over its labels: a scalar.
 
-    batch: from `data.collate`, tokens (B, T) int64, attention_mask (B, T) bool, targets int64.
+    batch: from `data.collate`, tokens and segments (B, T) int64, targets int64.
     """
-    logits, labels = label_logits(model, batch, gist_id, condition)
+    # What every token may see, and where it stands: all that gisting changes.
+    masked = gist_mask.masking(model, batch["segments"], condition, target=batch["targets"])
+    logits, labels = label_logits(model, batch, masked)
     return F.cross_entropy(logits, labels, reduction="sum")
 
 
-def label_logits(model, batch, gist_id, condition):
-    """The logits (N, V) of a batch's labels (N,), under the mask of a condition; and the labels."""
-    tokens, targets = batch["tokens"], batch["targets"]
-    row = (tokens, gist_id, condition, batch["attention_mask"])  # what a mask depends on
-    masks = [gist_mask.decoder_mask(*row)]  # (B, 1, T, T)
-    if isinstance(model, T5):  # (B, 1, T, T) and (B, 1, 1, T)
-        masks = [gist_mask.encoder_mask(*row), gist_mask.cross_mask(*row)]
-    positions = gist_mask.positions(tokens, gist_id)  # (B, T)
-    return model.label_logits(tokens, targets, *masks, positions)
+def label_logits(model, batch, masked):
+    """Logits (N, V), fp32, of a batch's labels (N,), and the labels.
+
+    masked: what `gist_mask.masking` gives, or other arguments of the model.
+    """
+    # Only the output has labels. The prompt, the gist and the input get no loss of their own.
+    is_label = batch["targets"] != IGNORE_INDEX
+    logits = model(batch["tokens"], **masked, where=is_label)  # (N, V)
+    return logits.float(), batch["targets"][is_label]
 
 
 def accumulate_gradients(model, examples, tokenizer, config, loss_function=batch_loss):
-    """Add the gradient of a batch's mean loss per label to the weights' .grad.
+    """Add the gradient of a batch's mean loss per label to the weights' .grad. Returns that loss.
 
-    Every process takes its share of the examples and returns its share of the loss. Each sum is
-    divided by the labels of the whole batch, so how the batch is cut changes nothing.
+    Every process takes its share of the examples. Each part of the loss is divided by the labels of
+    the whole batch, so how the batch is cut changes nothing.
     """
     _, world = rank_and_world()
     n_labels = max(1, sum(len(example.output) for example in examples))
-    parts = micro_batches(examples, tokenizer, config)
-    loss = 0.0
-    for batch in parts:
-        if world > 1:  # Gradients travel once, with the last micro-batch. Until then every process
-            # keeps whole ones, 4 bytes a parameter.
-            model.set_requires_gradient_sync(batch is parts[-1])
-        share = loss_in_dtype(model, batch, tokenizer, config, loss_function) / n_labels
+    total = 0.0
+    for loss in micro_losses(model, examples, tokenizer, config, loss_function):
+        share = loss / n_labels
         (share * world).backward()  # gradients are averaged over processes; we want their sum
-        loss += share.detach()  # stays on the device until it is whole
-    return loss.item()
+        total += share.detach()  # stays on the device until it is whole
+    return sum(from_all(total.item()))
 
 
-def micro_batches(examples, tokenizer, config):
-    """This process's share of the examples, in batches of a size that fits, on its device."""
+def micro_losses(model, examples, tokenizer, config, loss_function):
+    """The losses of this process's share of the examples, in micro-batches, one after the other."""
     rank, world = rank_and_world()
-    share = examples[rank::world]
-    largest_share = math.ceil(len(examples) / world)
-    size = config.micro_batch or config.batch_size
-    batches = []
-    for start in range(0, largest_share, size):
-        part = share[start : start + size]
-        batch = data.collate(part or examples[:1], tokenizer.pad_id, config.arch)
+    size = world * (config.micro_batch or config.batch_size)  # of all processes together
+    device_type = torch.device(config.device).type
+    for start in range(0, len(examples), size):
+        part = examples[start : start + size][rank::world]
+        batch = data.collate(part or examples[:1], tokenizer.pad_id)
         if not part:  # processes compute together, even if one has nothing left to learn from
             batch["targets"].fill_(IGNORE_INDEX)
-        batches.append({name: tensor.to(config.device) for name, tensor in batch.items()})
-    return batches
+        batch = {name: tensor.to(config.device) for name, tensor in batch.items()}
+        # Gradients travel once, with the last micro-batch. Until then every process keeps whole
+        # ones, 4 bytes a parameter.
+        if world > 1:
+            model.set_requires_gradient_sync(start + size >= len(examples))
+        # In bfloat16, only matrix products are: the weights stay in fp32.
+        with torch.autocast(device_type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            loss = loss_function(model, batch, config.condition)
+        yield loss
 
 
-def loss_in_dtype(model, batch, tokenizer, config, loss_function=batch_loss):
-    """The loss of a batch, with its matrix products in the run's dtype."""
-    device_type = torch.device(config.device).type
-    with torch.autocast(device_type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        return loss_function(model, batch, tokenizer.gist_id, config.condition)
+def train_step(model, examples, tokenizer, optimizers, step, config, loss_function):
+    """Learn from one batch of data.Example. Returns what the log gets of it. Raises DataError."""
+    model.train()
+    # The loss and its gradient.
+    loss = accumulate_gradients(model, examples, tokenizer, config, loss_function)
+    # A gradient that is longer than grad_clip is made as long as that.
+    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)).item()
+    # Every weight moves, at this step's part of its peak learning rate.
+    factor = lr_factor(step - 1, config)
+    update(optimizers, factor)
+    # If one number is not finite, neither is the norm of all. Then this step is not saved.
+    weights = whole(nn.utils.get_total_norm(model.parameters())).item()
+    if not math.isfinite(loss + norm + weights):
+        raise DataError(
+            f"at step {step} the loss is {loss}, the gradient's norm {norm}, that of the weights "
+            f"{weights}: stopped, and this step is not saved; start over with a smaller --lr"
+        )
+    n_tokens = sum(map(len, examples))
+    lr = factor * config.lr
+    return {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": n_tokens}
 
 
 @torch.no_grad()
-def validation_losses(model, splits, tokenizer, config):
-    """The mean loss of a label, in nats, for every split. splits: lists of data.Example by name."""
+def validation_losses(model, splits, tokenizer, config, caught=()):
+    """The mean loss of a label, in nats, for every split. splits: lists of data.Example by name.
+
+    caught: of `caught_signals`; a signal ends it between two batches, and there are no losses.
+    """
+    model.eval()
     losses = {}
     for split, examples in splits.items():
-        loss = 0.0
-        for batch in micro_batches(sorted(examples, key=len), tokenizer, config):
-            loss += loss_in_dtype(model, batch, tokenizer, config).item()
+        total = 0.0
+        in_order = sorted(examples, key=len)  # so little of a batch is padding
+        for loss in micro_losses(model, in_order, tokenizer, config, batch_loss):
+            total += loss.item()
+            if any(from_all(bool(caught))):
+                return {}
         if examples:
-            losses[f"loss_{split}"] = sum(from_all(loss)) / sum(len(e.output) for e in examples)
+            n_labels = sum(len(example.output) for example in examples)
+            losses[f"loss_{split}"] = sum(from_all(total)) / n_labels
     return losses
 
 
@@ -148,10 +175,10 @@ def fit(
 ) -> int | None:
     """Train a model on a list of data.Example, to step config.max_steps.
 
-    config: as `fill_in` returns it. loss_function(model, batch, gist_id, condition): the loss of a
-    batch of `data.collate` in nats, summed over its labels. out_dir: a Path that is to keep the
-    log, a checkpoint every config.save_every steps, and the weights at the end; None: nothing is
-    written. validation: lists of data.Example by name, whose `batch_loss` the log gets every
+    config: as `fill_in` returns it. loss_function(model, batch, condition): the loss of a batch of
+    `data.collate` in nats, summed over its labels. out_dir: a Path that is to keep the log, a
+    checkpoint every config.save_every steps, and the weights at the end; None: nothing is written.
+    validation: lists of data.Example by name, whose `batch_loss` the log gets every
     config.eval_every steps.
 
     Ctrl-C and SIGTERM end training after the current step. Returns the signal's number, else None.
@@ -159,45 +186,35 @@ def fit(
     """
     prepare(model, config)
     optimizers = make_optimizers(model, config)
-    data_hash = hashlib.sha256(repr(examples).encode()).hexdigest()
-    run = asdict(config) | {"data_hash": data_hash, "steps": 0, "seconds": 0.0}
-    log_file = open_run(out_dir, config, model, tokenizer, optimizers, run)
-    step, ema, signals = run["steps"], None, []  # not at 0, if the run is resumed
-    bar = tqdm(total=config.max_steps, initial=step, desc="train", disable=not is_first())
-    model.train()
-    with open(log_file, "a") as log, bar, caught_signals() as caught:
-        for rows in batches(examples, config, step):
+    gisting = describe(config, examples, loss_function)
+    gisting = open_out_dir(out_dir, model, optimizers, gisting)
+    done, losses, stopped = gisting["steps"], [], None
+    steps = batches(examples, config, done)
+    bar = tqdm(steps, "train", config.max_steps, initial=done, disable=not is_first())
+    with bar, caught_signals() as caught:
+        for step, rows in enumerate(bar, done + 1):
+            # Learn from one batch, and show how it goes.
             began = time.perf_counter()
             batch = [examples[i] for i in rows]
-            factor = lr_factor(step, config)
-            step += 1
-            share = accumulate_gradients(model, batch, tokenizer, config, loss_function)
-            loss = sum(from_all(share))
-            signals = sum(from_all(caught), [])  # if one has to stop, all of them stop
-            norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)).item()
-            update(optimizers, factor)
-            weights = whole(nn.utils.get_total_norm(model.parameters())).item()
-            check_finite(step, loss=loss, gradient=norm, weights=weights)
-
-            n, lr = sum(map(len, batch)), factor * config.lr
-            entry = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": n}
-            seconds = time.perf_counter() - began
+            entry = train_step(model, batch, tokenizer, optimizers, step, config, loss_function)
+            gisting["steps"] = step
+            gisting["seconds"] += time.perf_counter() - began
+            losses.append(entry["loss"])
+            bar.set_postfix(loss=f"{fmean(losses[-50:]):.3f}", refresh=False)
+            # From time to time, ask how well it does on examples that it does not learn from.
             is_last = step == config.max_steps
             if validation and config.eval_every and (is_last or step % config.eval_every == 0):
-                entry |= validation_losses(model, validation, tokenizer, config)
-            print(json.dumps(entry), file=log, flush=True)
-            run["steps"] = step
-            run["seconds"] += seconds
-            ema = 0.95 * (ema or loss) + 0.05 * loss  # the loss, smoothed
-            bar.set_postfix(ema=f"{ema:.3f}", tokens_s=f"{n / seconds:,.0f}", refresh=False)
-            bar.update()
-            if out_dir and (is_last or signals or step % config.save_every == 0):
-                save_checkpoint(out_dir, model, optimizers, run)
-            if signals:
+                entry |= validation_losses(model, validation, tokenizer, config, caught)
+            # Write it down. If one process has to stop, all of them do.
+            write_log(out_dir, entry)
+            signals = [number for some in from_all(caught) for number in some]
+            stopped = max(signals, default=None)
+            if stopped:
                 break
-    if out_dir:
-        save_weights(out_dir, model, tokenizer, run)
-    return signals[0] if signals else None
+            if step % config.save_every == 0 and not is_last:
+                save(out_dir, model, tokenizer, optimizers, gisting)
+        save(out_dir, model, tokenizer, optimizers, gisting, is_end=True)
+    return stopped
 
 
 def batches(examples, config, start):
@@ -205,37 +222,29 @@ def batches(examples, config, start):
 
     It depends on the seed and the step alone, however often a run was resumed.
     """
+    assert examples
     lengths = [len(example) for example in examples]
-    per_epoch = math.ceil(len(examples) / config.batch_size)
-    for step in range(start, config.max_steps):
-        epoch, place = divmod(step, per_epoch)
-        if place == 0 or step == start:
-            seed = config.seed * 1_000_003 + epoch
-            order = data.batch_order(lengths, config.batch_size, seed)
-        yield order[place]
-
-
-def check_finite(step, **values):
-    """Raise DataError if a value is infinite or NaN (for a norm, one such number is enough)."""
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise DataError(
-                f"at step {step} the {name} is {value}: stopped, and this step is not saved; start "
-                "over with a smaller --lr"
-            )
+    seeds = itertools.count(config.seed * 1_000_003)  # one for each epoch
+    epochs = (data.batch_order(lengths, config.batch_size, seed) for seed in seeds)
+    return itertools.islice(itertools.chain.from_iterable(epochs), start, config.max_steps)
 
 
 @contextmanager
 def caught_signals():
-    """A list that collects Ctrl-C and SIGTERM instead of ending the program. A second one does."""
+    """A list that collects Ctrl-C and SIGTERM instead of ending the program. A second one does.
+
+    In any other thread than the main one, which alone gets signals, it stays empty.
+    """
     caught = []
+    is_main = threading.current_thread() is threading.main_thread()
 
     def catch(number, frame):
         if caught and not dist.is_initialized():  # torchrun repeats what its processes got already
             raise KeyboardInterrupt
         caught.append(number)
 
-    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    before = {number: signal.signal(number, catch) for number in numbers}
     try:
         yield caught
     finally:
@@ -259,7 +268,10 @@ class Muon(Optimizer):
     def step(self, closure=None):
         for group in self.param_groups:
             momentum, updates = group["momentum"], []
-            for p in group["params"]:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
                 state = self.state[p]
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
@@ -267,7 +279,7 @@ class Muon(Optimizer):
                 updates.append(p.grad + momentum * mean)  # Nesterov: look a step ahead
             updates = orthogonalize_shared(torch.stack(updates))  # (N, m, n)
             m, n = updates.shape[1:]
-            for p, update in zip(group["params"], updates, strict=True):
+            for p, update in zip(params, updates):
                 p.add_(update, alpha=-group["lr"] * max(1, m / n) ** 0.5)
 
 
@@ -304,31 +316,32 @@ def orthogonalize(x):
 
 
 def make_optimizers(model, config):
-    """AdamW for all weights; or Muon for the layers' matrices, and AdamW for the others."""
-    options = {
-        "lr": config.lr,
-        "betas": (0.9, config.beta2),
-        "weight_decay": config.weight_decay,
-        "fused": True,
-    }
-    if config.optimizer == "adamw":
-        return [AdamW([{"params": model.parameters(), "peak_lr": config.lr}], **options)]
-    matrices, others = {}, []
+    """AdamW for all weights; or Muon for the layers' matrices, and AdamW for the others.
+
+    Weights with requires_grad=False stay as they are.
+    """
+    groups = {AdamW: {}, Muon: {}}  # weights of one shape and rate, which take steps together
     for name, p in model.named_parameters():
-        # T5's two peculiarities need other steps. Its position biases start near 0 and have to
-        # reach several units before a head finds a place. It does not divide attention by sqrt(K):
-        # its queries are that much smaller instead, and so are their steps.
-        scale = 1.0
-        if "relative_bias" in name:
-            scale = 30.0
-        elif isinstance(model, T5) and name.endswith("wq.weight"):
-            scale = model.config.head_dim**-0.5
-        if "layers." in name and p.ndim == 2:
-            matrices.setdefault((p.shape, scale), []).append(p)
-        else:
-            others.append({"params": [p], "peak_lr": scale * config.lr})
-    groups = [{"params": ps, "peak_lr": s * config.muon_lr} for (_, s), ps in matrices.items()]
-    return [AdamW(others, **options), Muon(groups, {"lr": config.muon_lr, "momentum": 0.9})]
+        if not p.requires_grad:
+            continue
+        kind, lr = AdamW, config.lr
+        if config.optimizer == "muon":
+            if "layers." in name and p.ndim == 2:
+                kind, lr = Muon, config.muon_lr
+            # T5's two peculiarities need other steps. Its position biases start near 0 and have to
+            # reach several units before a head finds a place. It does not divide attention by
+            # sqrt(K): its queries are that much smaller instead, and so are their steps.
+            if "relative_bias" in name:
+                lr *= 30
+            elif isinstance(model, T5) and name.endswith("wq.weight"):
+                lr *= model.config.head_dim**-0.5
+        group = groups[kind].setdefault((p.shape, lr), {"params": [], "peak_lr": lr})
+        group["params"].append(p)
+    options = {
+        AdamW: dict(betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True),
+        Muon: dict(defaults={"lr": config.muon_lr, "momentum": 0.9}),
+    }
+    return [kind(list(some.values()), **options[kind]) for kind, some in groups.items() if some]
 
 
 def update(optimizers, factor):
@@ -346,9 +359,14 @@ def lr_factor(step, config):
     if step < warmup:
         return (step + 1) / warmup
     left = 1 - (step - warmup) / (config.max_steps - warmup)
-    if config.schedule == "cosine":
-        return 0.5 * (1 - math.cos(math.pi * left))
-    return left if config.schedule == "linear" else 1.0
+    return SCHEDULES[config.schedule](left)
+
+
+SCHEDULES = {  # after the warm-up, the fraction of the peak, from that of the steps that are left
+    "linear": lambda left: left,
+    "cosine": lambda left: (1 - math.cos(math.pi * left)) / 2,
+    "constant": lambda left: 1.0,
+}
 
 
 # ---- Layers and processes ----
@@ -361,7 +379,7 @@ def prepare(model, config):
     gradient comes back. All layers share one compiled function, for batches of any length.
     """
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    layers = [layer for stack in stacks for layer in stack]
+    layers = list(itertools.chain(*stacks))
     for layer in layers:
         if config.compile:
             layer.forward = torch.compile(layer.forward, dynamic=True)
@@ -379,8 +397,7 @@ def shard(model, layers, config):
     A layer's whole weights are there only while it computes. With bfloat16 they travel as bf16;
     gradients are summed in fp32.
     """
-    _, world = rank_and_world()
-    mesh = dist.init_device_mesh(torch.device(config.device).type, (world,))
+    mesh = dist.init_device_mesh(torch.device(config.device).type, (dist.get_world_size(),))
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
     policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     split = partial(fully_shard, mesh=mesh, mp_policy=policy)
@@ -391,7 +408,6 @@ def shard(model, layers, config):
             register_fsdp_forward_method(layer.cross_attention, "keys_values")
         split(layer)
     fully_shard(model.float(), mesh=mesh)
-    register_fsdp_forward_method(model, "label_logits")
 
 
 @contextmanager
@@ -402,7 +418,10 @@ def processes(device):
         torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ:
         with data.reading("RANK is set", "start with torchrun, or unset RANK"):
-            dist.init_process_group("nccl" if on_cuda else "gloo")
+            if on_cuda:
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            # Two hours: all wait while the first one writes what a large model has to keep.
+            dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(hours=2))
     try:
         yield
     finally:
@@ -423,9 +442,8 @@ def is_first():
 
 def from_all(value):
     """Every process's value, the same list in all of them. They wait here for each other."""
-    _, world = rank_and_world()
-    values = [value] * world
-    if world > 1:
+    values = [value] * rank_and_world()[1]
+    if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
 
@@ -436,160 +454,131 @@ def whole(x):
 
 
 # ---- What a run keeps in out_dir ----
-#
-# torch.distributed.checkpoint saves weights and optimizer state: every process writes and reads its
-# own parts, and a different number of processes can resume from them. One process does the same.
 
 LOG = "train_log.jsonl"  # where this is, there is a run
+CHECKPOINT = "checkpoint.pt"  # weights, optimizer state, and what the run has to be: `describe`
+RESULTS = ["model.safetensors", "metrics.json", *(f"outputs-{split}.csv" for split in data.SPLITS)]
 # fmt: off
-FILES = ("checkpoint-*", "config.json", "model.safetensors", "tokenizer.*", "spiece.model",
-         "loss.png", "metrics.json", "outputs-*.csv")
-PROGRESS = ("steps", "seconds")
-MAY_CHANGE = ("resume", "overwrite", "out_dir", "no_eval", "save_every", "eval_every", "device",
-              "micro_batch", "checkpoint_activations", "compile")  # when a run is resumed
-METADATA = ("Metadata", "MetadataIndex", "StorageMeta", "_StorageInfo", "TensorStorageMetadata",
-            "ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "_get_layout",
-            "Size", "float32", "bfloat16", "int64", "PosixPath", "WindowsPath")
+MAY_CHANGE = ("steps", "seconds", "resume", "out_dir", "no_eval", "save_every", "eval_every",
+              "device", "micro_batch", "checkpoint_activations", "compile")  # when a run goes on
 # fmt: on
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+# For a checkpoint, the first process collects all parts of all tensors in its CPU memory, so any
+# number of processes can go on from it. It is read with weights_only: it can run no code.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def files_of_run(out_dir):
-    return [file for pattern in FILES for file in out_dir.glob(pattern)]
+def describe(config, examples, loss_function):
+    """What config.json says of a run, in its key "gisting". `fit` counts steps and seconds."""
+    return asdict(config) | {
+        "loss": getattr(loss_function, "__name__", type(loss_function).__name__),
+        "data_hash": hashlib.sha256(repr(examples).encode()).hexdigest(),
+        "steps": 0,
+        "seconds": 0.0,
+    }
 
 
-def check_out_dir(out_dir, config):
-    """Is out_dir free, or what the flags say it is? Returns the checkpoint to resume from, or None.
-
-    Changes nothing. Raises DataError.
-    """
-    if config.init_from and out_dir.resolve() == Path(config.init_from).resolve():
-        raise DataError(f"{out_dir}: both --init_from and --out_dir; give another --out_dir")
-    is_run = (out_dir / LOG).exists()
-    if not is_run and files_of_run(out_dir):
-        raise DataError(f"{out_dir}: holds files that no run has left; give another --out_dir")
-    if config.resume:
-        checkpoints = out_dir.glob("checkpoint-*[0-9]")
-        last = max(checkpoints, key=lambda folder: int(folder.name[11:]), default=None)
-        if last is None and (not is_run or (out_dir / "model.safetensors").exists()):
+def check_out_dir(out_dir, resume):
+    """Is out_dir free, or with --resume a run? Raises DataError."""
+    if resume:
+        # A run that was stopped before its first checkpoint begins once more.
+        has_weights = (out_dir / "model.safetensors").exists()
+        is_new_run = (out_dir / LOG).exists() and not has_weights
+        if not (out_dir / CHECKPOINT).exists() and not is_new_run:
             raise DataError(f"{out_dir}: nothing to resume; start without --resume")
-        return last
-    if is_run and not config.overwrite:
+    elif out_dir.exists() and any(out_dir.iterdir()):
         raise DataError(
-            f"{out_dir} holds another run: go on with it (--resume), start over (--overwrite), or "
-            "give another --out_dir"
+            f"{out_dir} is not empty: give another --out_dir; or, if it holds another run, go on "
+            f"with that (--resume), or delete the folder {out_dir} to start over"
         )
-    return None
 
 
-def open_run(out_dir, config, model, tokenizer, optimizers, run):
-    """Load the checkpoint to resume from, or delete an older run's files. Returns the log.
+def open_out_dir(out_dir, model, optimizers, gisting):
+    """Begin a run in out_dir, or go on with the one there. Returns gisting, at that step.
 
-    run: the configuration, the data's hash, and PROGRESS, which is filled in. Everything is checked
-    before anything is deleted. Raises DataError.
+    Raises DataError if out_dir does not allow this run; then nothing in it has changed.
     """
     if not out_dir:
-        return os.devnull
-    checkpoint = check_out_dir(out_dir, config)
-    if checkpoint:
-        load_checkpoint(checkpoint, model, optimizers, run)
-    from_all(None)  # wait until every process has seen what the first one now changes
-    if not is_first():
-        return os.devnull
-    log = out_dir / LOG
-    out_dir.mkdir(parents=True, exist_ok=True)
-    log.touch()
-    lines = log.read_bytes().splitlines(keepends=True)
-    data.write_file(log, b"".join(lines[: run["steps"]]))  # none of a new run
-    if checkpoint:
-        (out_dir / "model.safetensors").unlink(missing_ok=True)
-    else:
-        for file in files_of_run(out_dir):
-            shutil.rmtree(file) if file.is_dir() else file.unlink()
-        data.save_config(out_dir, model, tokenizer, run)
-    return log
-
-
-@contextmanager
-def first_cause():
-    """dcp raises what all processes raised, in one exception: raise the first of them instead."""
-    try:
-        yield
-    except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from None
-
-
-def save_checkpoint(out_dir, model, optimizers, run):
-    """Write checkpoint-STEP under another name, rename it when whole, delete the older ones."""
-    weights, states = get_state_dict(model, optimizers)
-    folder = out_dir / f"checkpoint-{run['steps']}"
-    unfinished = folder.with_suffix(".tmp")
-    try:
-        with data.reading(folder, "check the free space, then --resume"), first_cause():
-            dcp.save({"model": weights, "state": states["state"]}, checkpoint_id=unfinished)
-        if is_first():
-            data.write_file(unfinished / "run.json", json.dumps(run).encode())
-            unfinished.rename(folder)
-            for older in set(out_dir.glob("checkpoint-*")) - {folder}:
-                shutil.rmtree(older)
-    finally:
-        if is_first():
-            shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def load_checkpoint(folder, model, optimizers, run):
-    """Put weights and optimizer state back, steps and seconds into `run`. Raises DataError."""
-    begun = data.read_json(folder / "run.json")
-    for name, now in run.items():
-        if name not in PROGRESS + MAY_CHANGE and begun.get(name) != now:
-            raise DataError(
-                f"{folder} was begun with {name} {begun.get(name)}, not {now}: resume it with the "
-                "same flags and data, or give another --out_dir"
-            )
-    weights, states = get_state_dict(model, optimizers)  # tensors that dcp.load fills
-    with data.reading(folder, "start over with --overwrite"), first_cause():
-        run |= {name: begun[name] for name in PROGRESS}
-        with open(folder / ".metadata", "rb") as file:
-            MetadataUnpickler(file).load()
-        dcp.load({"model": weights, "state": states["state"]}, checkpoint_id=folder)
-    set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=states)
-
-
-class MetadataUnpickler(pickle.Unpickler):
-    """Reads a checkpoint's table of contents, and refuses one that could run code."""
-
-    def find_class(self, module, name):
-        if module.split(".")[0] not in ("torch", "pathlib") or name not in METADATA:
-            raise pickle.UnpicklingError(f"holds {module}.{name}, which could run code")
-        return super().find_class(module, name)
-
-
-def save_weights(out_dir, model, tokenizer, run):
-    """Write config.json and model.safetensors, one weight after the other; draw the loss."""
-    weights = ((name, whole(p)) for name, p in model.named_parameters())
+        return gisting
+    check_out_dir(out_dir, gisting["resume"])
+    log, checkpoint = out_dir / LOG, out_dir / CHECKPOINT
+    if checkpoint.exists():
+        gisting = load_checkpoint(checkpoint, model, optimizers, gisting)
+    from_all(None)  # wait until every process has read it
     if is_first():
-        data.save_model(out_dir, model, tokenizer, run, weights)
+        # Delete what is later than the checkpoint: lines of the log, results.
+        out_dir.mkdir(parents=True, exist_ok=True)
+        if log.exists():
+            lines = log.read_bytes().splitlines(keepends=True)
+            data.write_file(log, b"".join(lines[: gisting["steps"]]))
+        if gisting["steps"] < gisting["max_steps"]:
+            for name in RESULTS:
+                (out_dir / name).unlink(missing_ok=True)
+    return gisting
+
+
+def write_log(out_dir, entry):
+    """Append the line of a step. A run that fails before its first one leaves no file."""
+    if out_dir and is_first():
+        with open(out_dir / LOG, "a") as log:
+            print(json.dumps(entry), file=log)
+
+
+def save(out_dir, model, tokenizer, optimizers, gisting, is_end=False):
+    """Replace the checkpoint by one of this step; at the end, write the weights and draw the loss.
+
+    Raises DataError.
+    """
+    if not out_dir:
+        return
+    weights, states = get_state_dict(model, optimizers, options=WHOLE)
+    if not is_first():
+        return
+    file = out_dir / CHECKPOINT
+    data.save_config(out_dir, model, tokenizer, gisting)
+    with data.reading(file, "check the free space, then --resume"), data.replacing(file) as f:
+        torch.save({"gisting": gisting, "model": weights, "optimizers": states}, f)
+    if is_end:
+        data.save_model(out_dir, model, tokenizer, gisting, weights)
+        (out_dir / LOG).touch()  # a run of no steps has none yet
         draw_losses([out_dir], out_dir / "loss.png")
-    for _ in weights:  # every process helps to put each weight together
-        pass
+
+
+def load_checkpoint(file, model, optimizers, gisting):
+    """Put weights and optimizer state back. Returns gisting, at that step. Raises DataError."""
+    with data.reading(file, "delete the folder and start over"):
+        content = data.unpickle(file)  # mapped: processes share it, and take their parts
+        begun = content["gisting"]
+        for name, now in gisting.items():
+            if name not in MAY_CHANGE and begun[name] != now:
+                raise DataError(
+                    f"{file} was begun with {name} {begun[name]}, not {now}: resume it with the "
+                    "same command and data; or start from its weights, --init_from "
+                    f"{file.parent}, with another --out_dir"
+                )
+        set_state_dict(
+            model,
+            optimizers,
+            model_state_dict=content["model"],
+            optim_state_dict=content["optimizers"],
+            options=WHOLE,
+        )
+    return gisting | {"steps": begun["steps"], "seconds": begun["seconds"]}
 
 
 def draw_losses(runs, file):
-    """Draw the logs of runs: the loss of every step, its running mean, and that of validation."""
+    """Draw the logs of runs: the mean of the last 50 losses, and those of validation."""
     figure, ax = data.new_figure(6, 3.5)
     for out_dir in runs:
         log = Path(out_dir) / LOG
         with data.reading(log, "give a run of train.py"):
             entries = [json.loads(line) for line in log.read_text().splitlines()]
             losses = [entry["loss"] for entry in entries]
-        mean = list(accumulate(losses, lambda mean, x: 0.98 * mean + 0.02 * x))
-        (line,) = ax.plot(mean, label=out_dir)
-        color = line.get_color()
-        ax.plot(losses, color=color, alpha=0.3, linewidth=0.7)
-        for split, marker in zip(data.SPLITS, "os^"):
-            points = [(e["step"], e[f"loss_{split}"]) for e in entries if f"loss_{split}" in e]
+        steps = range(1, len(losses) + 1)
+        ax.plot(steps, [fmean(losses[max(0, n - 50) : n]) for n in steps], label=out_dir)
+        for split in data.SPLITS:
+            points = {e["step"]: e[f"loss_{split}"] for e in entries if f"loss_{split}" in e}
             if points:
-                ax.plot(*zip(*points), marker, color=color, label=f"{out_dir}, {split}")
+                ax.plot(points.keys(), points.values(), "o", label=f"{out_dir}, {split}")
     ax.set(xlabel="step", ylabel="loss (nats per output token)", ylim=(0, None))
     ax.legend()
     data.save_figure(figure, file)
@@ -598,88 +587,117 @@ def draw_losses(runs, file):
 # ---- The command line ----
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config:
-    """One run. Every field is a flag; `fill_in` replaces None. Comments are the flags' help."""
+    """One run. Every field is a flag; `fill_in` replaces None.
 
-    n_gist: int = 1  # gist tokens after the prompt
-    condition: str = "gist"  # what the input sees of the prompt: an entry of gist_mask.TABLE
-    tfidf: int | None = None  # shorten instructions to their N words of highest TF-IDF
-    arch: str = "llama"  # decoder or encoder-decoder; --init_from decides it by itself
+    n_gist: gist tokens after the prompt
+    condition: what the input sees of the prompt
+    arch: decoder or encoder-decoder; --init_from decides it
+    see_start: all see the first token, <s>, as pretrained decoders expect
+    data: a directory in the Alpaca+ layout, or builtin
+    init_from: start from this checkpoint (default: random weights)
+    base: the original LLaMA, if --init_from holds a weight delta
+    out_dir: keep the run there (default: out/ARCH-CONDITION-N_GIST)
+    resume: go on with the run in --out_dir; give the flags it began with
+    max_length: longest example in tokens (default: 512); t5: longest source (default: 128)
+    max_target: t5: longest output in tokens
+    d_model: width of a new model
+    n_layers: its layers (default: 4; t5: 3 in the encoder and 3 in the decoder)
+    n_heads: its attention heads
+    vocab_size: largest size of its tokenizer, which is trained on the data
+    max_steps: optimizer steps
+    epochs: passes through the training data, instead of --max_steps
+    batch_size: examples a step
+    micro_batch: examples in memory at once; their gradients add up (default: all of a step)
+    optimizer: default: muon, or adamw with --init_from
+    lr: peak learning rate of AdamW (default: 3e-3, or 2e-5 with --init_from)
+    muon_lr: peak learning rate of Muon
+    beta2: how slowly AdamW's second moment changes
+    weight_decay: of AdamW; Muon has none
+    grad_clip: largest norm of the gradient
+    warmup: part of the steps in which the learning rate rises
+    schedule: the learning rate after that
+    seed: of weights, data and order
+    device: default: the first that is there of cuda, mps and cpu
+    dtype: of matrix products (default: bfloat16 on cuda, else float32)
+    checkpoint_activations: less memory, a third more time
+    compile: compile the layers: a slow start, then faster steps
+    save_every: steps between checkpoints
+    eval_every: steps between validation losses in the log (default: none)
+    no_eval: do not evaluate at the end
+    """
 
-    data: str = "builtin"  # a directory in the Alpaca+ layout, or builtin
-    init_from: str | None = None  # start from this checkpoint (random weights)
-    base: str | None = None  # the original LLaMA, if --init_from holds a weight delta
-    out_dir: str | None = None  # where the run is kept (out/ARCH-CONDITION-N_GIST)
-    resume: bool = False  # go on with the run in --out_dir; give the flags that it began with
-    overwrite: bool = False  # delete the run in --out_dir and start over
-    max_length: int | None = None  # longest example in tokens (512); t5: longest source (128)
-    max_target: int = 256  # t5: longest output in tokens
+    n_gist: int = 1
+    condition: str = "gist"
+    arch: str = "llama"
+    see_start: bool = False
 
-    d_model: int = 128  # width of a new model
-    n_layers: int | None = None  # its layers (4; t5: 3 in the encoder and 3 in the decoder)
-    n_heads: int = 4  # its attention heads
-    vocab_size: int = 2048  # largest size of its tokenizer, which is trained on the data
+    data: str = "builtin"
+    init_from: str | None = None
+    base: str | None = None
+    out_dir: str | None = None
+    resume: bool = False
+    max_length: int | None = None
+    max_target: int = 256
 
-    max_steps: int = 3000  # optimizer steps
-    epochs: float | None = None  # passes through the training data, instead of --max_steps
-    batch_size: int = 64  # examples a step
-    micro_batch: int | None = None  # examples in memory at once; their gradients add up (all)
-    optimizer: str | None = None  # muon is fast from random weights (muon; adamw with --init_from)
-    lr: float | None = None  # peak learning rate of AdamW (3e-3; 2e-5 with --init_from)
-    muon_lr: float = 0.01  # peak learning rate of Muon
-    beta2: float = 0.95  # how slowly AdamW's second moment changes
-    weight_decay: float = 0.0  # of AdamW
-    grad_clip: float = 1.0  # largest norm of the gradient
-    warmup: float = 0.03  # part of the steps in which the learning rate rises
-    schedule: str = "linear"  # the learning rate after that
-    seed: int = 0  # of weights, data and order
+    d_model: int = 128
+    n_layers: int | None = None
+    n_heads: int = 4
+    vocab_size: int = 2048
 
-    device: str | None = None  # cuda, mps or cpu (the first of these that is there)
-    dtype: str | None = None  # of matrix products (bfloat16 on cuda, else float32)
-    checkpoint_activations: bool = False  # less memory, a third more time
-    compile: bool = False  # compile the layers: a slow start, then faster steps
-    save_every: int = 500  # steps between checkpoints
-    eval_every: int | None = None  # steps between validation losses in the log (none)
-    no_eval: bool = False  # do not evaluate at the end
+    max_steps: int = 3000
+    epochs: float | None = None
+    batch_size: int = 64
+    micro_batch: int | None = None
+    optimizer: str | None = None
+    lr: float | None = None
+    muon_lr: float = 0.01
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    warmup: float = 0.03
+    schedule: str = "linear"
+    seed: int = 0
+
+    device: str | None = None
+    dtype: str | None = None
+    checkpoint_activations: bool = False
+    compile: bool = False
+    save_every: int = 500
+    eval_every: int | None = None
+    no_eval: bool = False
 
 
-CHOICES = {
+CHOICES = {  # what the flags take, besides their types
     "condition": gist_mask.TABLE,
     "arch": ("llama", "t5"),
     "optimizer": ("muon", "adamw"),
-    "schedule": ("linear", "cosine", "constant"),
+    "schedule": SCHEDULES,
     "dtype": ("float32", "bfloat16"),
 }
-MAY_BE_0 = ("n_gist", "max_steps", "seed")
-AT_MOST = {"beta2": 0.9999, "warmup": 1}
+FROM_ZERO = {"type": data.at_least(0)}
+OPTIONS = {name: {"choices": choices} for name, choices in CHOICES.items()} | {
+    "n_gist": FROM_ZERO,
+    "max_steps": FROM_ZERO,
+    "seed": FROM_ZERO,
+    "beta2": {"type": data.at_least(0, float, 0.9999)},
+    "warmup": {"type": data.at_least(0, float, 1)},
+}
 
 # The paper's hyperparameters (section 4.1 and appendix A) for the pretrained model in --init_from.
 # Its code sets no betas, so they are AdamW's usual ones. What differs here: T5's dropout of 0.1 was
 # active in the paper's training; our T5 has none.
-PRESETS = {
-    "llama-7b": {
-        "max_steps": 3000,
-        "batch_size": 128,
-        "optimizer": "adamw",
-        "lr": 2e-5,
-        "beta2": 0.999,
-        "schedule": "cosine",
-        "dtype": "bfloat16",
-        "max_length": 512,
-    },
-    "flan-t5-xxl": {
-        "max_steps": 16000,
-        "batch_size": 16,
-        "optimizer": "adamw",
-        "lr": 5e-5,
-        "beta2": 0.999,
-        "schedule": "constant",
-        "warmup": 0.0,
-        "dtype": "bfloat16",
-        "max_length": 128,
-    },
+# fmt: off
+HYPERPARAMETERS = {
+    "llama-7b": dict(
+        max_steps=3000, batch_size=128, max_length=512, dtype="bfloat16",
+        optimizer="adamw", lr=2e-5, beta2=0.999, schedule="cosine"),
+    "flan-t5-xxl": dict(
+        max_steps=16000, batch_size=16, max_length=128, dtype="bfloat16",
+        optimizer="adamw", lr=5e-5, beta2=0.999, schedule="constant", warmup=0.0),
 }
+# fmt: on
 
 
 def read_flags() -> Config:
@@ -688,22 +706,11 @@ def read_flags() -> Config:
         description="Train a model to compress prompts, evaluate it.",
         argument_default=argparse.SUPPRESS,  # parse only what the command line gives
     )
-    parser.add_argument("--preset", choices=PRESETS, help="the paper's values for --init_from")
-    helps = dict(re.findall(r"^    (\w+): .*  # (.*)", inspect.getsource(Config), re.M))
-    for field in fields(Config):
-        name, kind = field.name, field.type.split()[0]
-        options = {"help": helps[name]}
-        if kind == "bool":
-            options["action"] = "store_true"
-        elif kind == "int":
-            options["type"] = data.at_least(0 if name in MAY_BE_0 else 1)
-        elif kind == "float":
-            options["type"] = data.at_least(0, float, AT_MOST.get(name, 1e6))
-        else:
-            options["choices"] = CHOICES.get(name)
-        parser.add_argument(f"--{name}", **options)
+    about = "the paper's values of the flags below, for this model in --init_from"
+    parser.add_argument("--preset", choices=HYPERPARAMETERS, help=about)
+    data.add_arguments(parser, Config, OPTIONS)
     given = vars(parser.parse_args())
-    preset = PRESETS.get(given.pop("preset", None), {})
+    preset = HYPERPARAMETERS.get(given.pop("preset", None), {})
     return Config(**preset | given)
 
 
@@ -712,32 +719,27 @@ def fill_in(config: Config) -> Config:
 
     Raises DataError for what makes no sense.
     """
-    arch, device, pretrained = config.arch, data.find_device(config.device), config.init_from
-    if pretrained:
-        is_t5 = data.read_config(pretrained).get("model_type") == "t5"
-        arch = "t5" if is_t5 else "llama"
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = data.find_device("cuda:" + os.environ["LOCAL_RANK"])
     for name, choices in CHOICES.items():
         value = getattr(config, name)
         if value not in (None, *choices):
             raise DataError(f"--{name} {value}: choose from {', '.join(choices)}")
-    if config.n_gist == 0 and not gist_mask.table(config.condition).all():
+    if config.n_gist == 0 and any(0 in row for row in gist_mask.TABLE[config.condition]):
         raise DataError(
             f"--condition {config.condition} needs a gist token: give --n_gist 1, or more"
         )
-    if config.d_model % (2 * config.n_heads):
-        raise DataError("--d_model must be an even multiple of --n_heads")
+    arch, device = config.arch, data.find_device(config.device)
+    if config.init_from:
+        arch = data.read_config(config.init_from).get("model_type", "llama")
     follows = {
         "out_dir": f"out/{arch}-{config.condition}-{config.n_gist}",
         "max_length": 128 if arch == "t5" else 512,
         "n_layers": 3 if arch == "t5" else 4,
-        "optimizer": "adamw" if pretrained else "muon",
-        "lr": 2e-5 if pretrained else 3e-3,
+        "optimizer": "adamw" if config.init_from else "muon",
+        "lr": 2e-5 if config.init_from else 3e-3,
         "dtype": "bfloat16" if device.startswith("cuda") else "float32",
     }
-    given = {name: value for name, value in asdict(config).items() if value is not None}
-    return Config(**follows | given | {"arch": arch, "device": device})
+    missing = {name: x for name, x in follows.items() if getattr(config, name) is None}
+    return replace(config, arch=arch, device=device, **missing)
 
 
 def make_model(config: Config, records: list[dict], tokenizer=None):
@@ -755,66 +757,75 @@ def make_model(config: Config, records: list[dict], tokenizer=None):
             return model, tokenizer
     else:
         tokenizer = tokenizer or data.train_tokenizer(records, config.vocab_size)
-        model = new_model(config, tokenizer)
+        with data.reading("--d_model and --n_heads", "give others"):
+            model = untrained_model(config, tokenizer)
     data.add_gist_token(model, tokenizer)
     return model, tokenizer
 
 
-def new_model(config, tokenizer):
+def untrained_model(config, tokenizer):
     """A small model with random weights."""
     d, heads, layers = config.d_model, config.n_heads, config.n_layers
-    shape = {"d_model": d, "n_layers": layers, "n_heads": heads, "head_dim": d // heads}
+    shape = dict(d_model=d, n_layers=layers, n_heads=heads, head_dim=d // heads)
     shape["vocab_size"] = tokenizer.vocab_size
     if config.arch == "llama":
         model = Llama(LlamaConfig(**shape, n_kv_heads=heads, d_ff=3 * d))
     else:
-        shape |= {"n_decoder_layers": layers, "start_id": tokenizer.pad_id}
-        model = T5(T5Config(**shape, d_ff=2 * d, tie_embeddings=True))
+        more = dict(n_decoder_layers=layers, start_id=tokenizer.pad_id, tie_embeddings=True)
+        model = T5(T5Config(**shape, **more, d_ff=2 * d))
     model.init_weights(torch.Generator().manual_seed(config.seed))
     return model
 
 
-def train(config: Config, loss_function=batch_loss) -> int | None:
-    """One whole run, except for its evaluation. Takes and returns what `fit` does.
+def train(config: Config, loss_function=batch_loss):
+    """One whole run, except for its evaluation: what the command does, for notebooks.
 
-    Raises DataError.
+    Returns the model, its tokenizer, the configuration with nothing left open, and what `fit`
+    returns. Raises DataError.
     """
     config = fill_in(config)
     out_dir = Path(config.out_dir)
+    check_out_dir(out_dir, config.resume)  # before minutes of loading; `fit` asks again
     with processes(config.device):
-        resumed = check_out_dir(out_dir, config)
-        tokenizer = data.load_tokenizer(out_dir) if resumed else None  # a run keeps its own
-        splits = data.load_instructions(config.data, config.seed, config.tfidf)
-        model, tokenizer = make_model(config, splits["train"], tokenizer)
-        sizes = (config.n_gist, config.arch, config.max_length, config.max_target)
-        examples, skipped = data.make_examples(splits.pop("train"), tokenizer, *sizes)
-        validation = {}
-        if config.eval_every:
-            for split, records in splits.items():
-                validation[split], _ = data.make_examples(records, tokenizer, *sizes)
+        splits = data.load_instructions(config.data, config.seed)
+        records = splits.pop("train")
+        tokenizer = data.load_tokenizer(out_dir) if config.resume else None  # a run keeps its own
+        model, tokenizer = make_model(config, records, tokenizer)
+        if config.see_start and (config.arch == "t5" or tokenizer.bos_id is None):
+            raise DataError("--see_start: this model has no first token <s>; leave it out")
+        sizes = (config.n_gist, config.arch, config.see_start, config.max_length, config.max_target)
+        examples, skipped = data.make_examples(records, tokenizer, *sizes)
         if not examples:
             raise DataError(f"{config.data}: --max_length cuts off every output; raise it")
-        if config.epochs:
-            config.max_steps = math.ceil(
-                config.epochs * math.ceil(len(examples) / config.batch_size)
-            )
+        validation = {
+            split: data.make_examples(others, tokenizer, *sizes)[0]
+            for split, others in splits.items()
+        }
+        if config.epochs is not None:
+            n_batches = math.ceil(len(examples) / config.batch_size)
+            config = replace(config, max_steps=math.ceil(config.epochs * n_batches))
+        if not any(splits.values()):  # no validation files
+            config = replace(config, no_eval=True)
         if is_first():
-            n = sum(p.numel() for p in model.parameters())
-            print(
-                f"{out_dir}: {n:,} parameters, {len(examples):,} examples ({skipped} skipped)",
-                flush=True,
-            )
-        return fit(model, tokenizer, examples, config, loss_function, out_dir, validation)
+            n = sum(weight.numel() for weight in model.parameters())
+            counts = f"{n:,} parameters, {len(examples):,} examples ({skipped} skipped)"
+            print(f"{out_dir}: {counts}", flush=True)
+        stopped = fit(model, tokenizer, examples, config, loss_function, out_dir, validation)
+    return model, tokenizer, config, stopped
+
+
+def exit_if_stopped(signal_number):
+    """End the program, with the usual status, if its training was stopped by a signal."""
+    if signal_number:
+        print("stopped and saved; go on with the same command and --resume", file=sys.stderr)
+        sys.exit(128 + signal_number)
 
 
 def main():
-    config = fill_in(read_flags())
-    stopped = train(config)
+    _, _, config, stopped = train(read_flags())
     if os.environ.get("RANK", "0") != "0":  # only the first process has more to do
         return
-    if stopped:
-        print("stopped and saved; go on with the same command and --resume", file=sys.stderr)
-        sys.exit(128 + stopped)
+    exit_if_stopped(stopped)
     if not config.no_eval:  # in place of this process, so that all its memory is free
         script = Path(__file__).with_name("eval.py")
         command = [sys.executable, script, "run", config.out_dir, "--device", config.device]

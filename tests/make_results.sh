@@ -25,6 +25,12 @@ run_program() {  # PROGRAM NAME FLAGS...: the same with another program than tra
     python $program "$@" --out_dir "$out" $resume
 }
 
+evaluate() {  # NAME FLAGS...: answer all splits, unless that is done
+    local out=$OUT/$1
+    shift
+    if [ ! -f "$out/metrics.json" ]; then python eval.py run "$out" "$@"; fi
+}
+
 masks() {
     python -m tests.exercises.draw_masks --out assets/masks.png
 }
@@ -38,18 +44,18 @@ main() {  # the README's table and what stands beside it
         done
     done
     table
-    python eval.py plot "$OUT"/*-1-seed0 --metric exact_match --out assets/results.png
-    python eval.py plot "$OUT"/*-gist-1-seed0 --kind families --metric exact_match --out assets/families.png
+    python -m tests.exercises.draw_results families "$OUT"/*-gist-1-seed0 --metric exact_match --out assets/families.png
     python -m tests.exercises.attention "$OUT/llama-gist-1-seed0" \
         --instruction "Put lamp at the front and bread at the end." --out assets/attention.png
 }
 
 gists() {  # more gist tokens, and words instead of them
+    if [ ! -d "$OUT/keywords-1" ]; then python -m tests.exercises.keywords --n 1 --out "$OUT/keywords-1"; fi
     for arch in llama t5; do
         for n in 2 5 10; do
             run "$arch-gist-$n-seed0" --arch $arch --n_gist $n
         done
-        run "$arch-tfidf-1-seed0" --arch $arch --condition pos_control --n_gist 0 --tfidf 1
+        run "$arch-tfidf-1-seed0" --arch $arch --condition pos_control --n_gist 0 --data "$OUT/keywords-1"
     done
     table
     python -m tests.exercises.draw_results n_gist "$OUT"/*-gist-*-seed0 "$OUT"/*_control-1-seed0 \
@@ -64,23 +70,26 @@ profile() {
     python profile.py paper
 }
 
+run_smollm2() {  # PROGRAM NAME FLAGS...: train, then answer with at most 128 tokens
+    local program=$1 name=$2
+    shift 2
+    run_program "$program" "$name" --init_from "$SMOLLM2" --data "$ALPACA" --batch_size 8 --lr 2e-4 \
+        --dtype bfloat16 --no_eval "$@"
+    evaluate "$name" --dtype bfloat16 --max_new_tokens 128
+}
+
 smollm2() {
-    local flags=(--init_from "$SMOLLM2" --data "$ALPACA" --batch_size 8 --lr 2e-4 --dtype bfloat16)
-    local answers=(--max_new_tokens 128) sink="-m tests.exercises.attention_sink" out
     for condition in gist pos_control neg_control; do
-        out=$OUT/smollm2-$condition
-        if [ ! -f "$out/metrics.json" ]; then
-            run "smollm2-$condition" --condition $condition "${flags[@]}" --epochs 1 --no_eval
-            python eval.py run "$out" --dtype bfloat16 "${answers[@]}"
-        fi
+        run_smollm2 train.py "smollm2-$condition" --condition $condition --epochs 1
     done
     for condition in gist neg_control; do
-        run_program "$sink" "sink-$condition" --condition $condition "${flags[@]}" --epochs 1 "${answers[@]}"
+        run_smollm2 train.py "sink-$condition" --condition $condition --see_start --epochs 1
     done
     for steps in 426 1600; do
-        run_program "$sink" "distilled-$steps" --teacher "$OUT/smollm2-pos_control" \
-            --max_steps $steps "${flags[@]}" "${answers[@]}"
+        run_smollm2 "-m tests.exercises.distillation" "distilled-$steps" \
+            --teacher "$OUT/smollm2-pos_control" --see_start --max_steps $steps
     done
+    python -m tests.exercises.attention_sink "$SMOLLM2" --data "$ALPACA" --out assets/attention_sink.png
     python -m tests.exercises.learning_curve "$OUT"/sink-{gist,neg_control} "$OUT"/smollm2-pos_control \
         --metric loss --window 30 --out assets/smollm2.png
     python -m tests.exercises.learning_curve "$OUT"/sink-gist "$OUT"/distilled-{426,1600} \
@@ -105,11 +114,8 @@ exercises() {
     python -m tests.exercises.mean_of_two_gists "$model"
     python -m tests.exercises.cartridge "$model"
     python -m tests.exercises.what_else_to_keep "$model" "$OUT/llama-pos_control-1-seed0"
-    if [ ! -f "$OUT/distilled/metrics.json" ]; then
-        python -m tests.exercises.distillation --teacher "$OUT/llama-pos_control-1-seed0" \
-            --out_dir "$OUT/distilled" --overwrite
-        python eval.py run "$OUT/distilled"
-    fi
+    run_program "-m tests.exercises.distillation" distilled --teacher "$OUT/llama-pos_control-1-seed0"
+    evaluate distilled
     python -m tests.exercises.learning_curve --out "$OUT/curve.png" \
         "$OUT"/llama-{gist,pos_control,neg_control}-1-seed0
     python -m tests.exercises.several_gists

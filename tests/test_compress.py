@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 import data
 import eval as evaluation
+import gist_mask
 import train
 from model import Llama, LlamaConfig
 from t5 import T5, T5Config
@@ -18,7 +20,7 @@ from t5 import T5, T5Config
 ROOT = Path(__file__).parent.parent
 
 
-def make_run(folder, arch="llama", condition="gist", n_gist=2, seed=0):
+def make_run(folder, arch="llama", condition="gist", n_gist=2, seed=0, **changes):
     """A run with random weights, as train.py would have left it."""
     tokenizer = data.train_tokenizer(data.builtin(200, 2)["train"], 400)
     shape = dict(d_model=32, n_layers=2, n_heads=2, head_dim=16, d_ff=48)
@@ -28,7 +30,7 @@ def make_run(folder, arch="llama", condition="gist", n_gist=2, seed=0):
     else:
         model = T5(T5Config(**shape, n_decoder_layers=2, start_id=tokenizer.pad_id))
     model.init_weights(torch.Generator().manual_seed(seed))
-    config = train.Config(condition=condition, n_gist=n_gist, arch=arch)
+    config = train.Config(condition=condition, n_gist=n_gist, arch=arch, **changes)
     gisting = dataclasses.asdict(config) | {"steps": 0, "seconds": 0.0}
     data.save_model(folder, model, tokenizer, gisting=gisting)
     return str(folder)
@@ -57,6 +59,13 @@ def test_several_inputs_and_none_are_answered(tmp_path, capsys):
     assert compress(run, capsys, instruction="Say it.").count("\nanswer  ") == 1
 
 
+def test_words_that_training_never_had_are_named(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    printed = compress(run, capsys, instruction="Put Elephant at the front.", input=["fox quokka"])
+    assert re.findall(r"'(\w+)' was never seen", printed) == ["elephant", "quokka"]
+    assert "never seen" not in compress(run, capsys, instruction="Put lamp first", input=["fox"])
+
+
 def test_what_cannot_be_compressed_is_refused(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     for path, instruction, says in [
@@ -68,14 +77,47 @@ def test_what_cannot_be_compressed_is_refused(tmp_path, capsys):
             compress(path, capsys, instruction=instruction)
 
 
-@pytest.mark.parametrize("arch", ["llama", "t5"])
-@pytest.mark.parametrize("condition, n_gist", [("pos_control", 1), ("neg_control", 1)])
-def test_a_model_whose_input_does_not_see_just_the_gist_cannot_compress(
-    arch, condition, n_gist, tmp_path, capsys
+@pytest.mark.parametrize(
+    "arch, condition, kept",
+    [
+        ("llama", "gist", "2 gist"),
+        ("llama", "pos_control", "PROMPT + 2 gist"),
+        ("llama", "neg_control", "no"),
+        ("t5", "gist", "2 gist"),
+        ("t5", "neg_control", "no"),
+    ],
+)
+def test_a_control_answers_too_and_says_what_its_cache_keeps(
+    arch, condition, kept, tmp_path, capsys
 ):
-    run = make_run(tmp_path / "run", arch, condition, n_gist)
-    with pytest.raises(data.DataError, match="cannot compress"):
+    run = make_run(tmp_path / "run", arch, condition)
+    model, tokenizer, _ = evaluation.open_run(run, device="cpu")
+    record = {"instruction": "Say it.", "input": "fox cup", "output": ""}
+    e = data.layout(record, tokenizer, 2, arch)
+    expected = evaluation.answer(model, tokenizer, [e], condition, 5)[0]
+    printed = compress(run, capsys, instruction="Say it.", input=["fox cup"])
+    prompt = f"{len(e.prompt) - 2} prompt"
+    assert f"whole prompt: {prompt} + 2 gist tokens, " in printed
+    assert f"answer  {expected}\n" in printed
+    assert f"kept:         {kept.replace('PROMPT', prompt)} tokens, " in printed
+
+
+def test_an_encoder_that_sees_everything_cannot_compress(tmp_path, capsys):
+    run = make_run(tmp_path / "run", "t5", "pos_control")
+    with pytest.raises(data.DataError, match="cannot compress: an encoder cannot read a prompt"):
         compress(run, capsys, instruction="Say a.")
+
+
+def test_a_run_with_its_first_token_in_sight_is_compressed_with_it(tmp_path, capsys):
+    run = make_run(tmp_path / "run", see_start=True)
+    model, tokenizer, config = evaluation.open_run(run, device="cpu")
+    e = evaluation.lay_out("Say it.", "fox cup", tokenizer, config)
+    assert e.segments[0] == gist_mask.START
+    expected = evaluation.answer(model, tokenizer, [e], "gist", 5)[0]
+    printed = compress(run, capsys, instruction="Say it.", input=["fox cup"])
+    assert (
+        "kept:         1 start + 2 gist tokens, " in printed and f"answer  {expected}\n" in printed
+    )
 
 
 def test_a_released_gist_model_answers_as_the_run_that_it_was(tmp_path, capsys):
@@ -95,7 +137,7 @@ def test_a_released_gist_model_answers_as_the_run_that_it_was(tmp_path, capsys):
     expected = compress(run, capsys, **what)
     assert compress(released, capsys, base=base_folder, n_gist=2, **what) == expected
     for path, options, says in (
-        (released, {}, "needs --n_gist"),
+        (released, {}, "give --n_gist"),
         (released, {"n_gist": 2}, "--base"),
         (base_folder, {"n_gist": 2}, "no row for a gist token"),
         (run, {"n_gist": 2}, "leave --n_gist"),

@@ -1,6 +1,7 @@
 """Instructions, the text layout, batches, and the small things that every script needs."""
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import data
+import gist_mask
 from model import IGNORE_INDEX
 
 ROOT = Path(__file__).parent.parent
@@ -61,8 +63,15 @@ def test_the_same_seed_gives_the_same_data_and_another_seed_other_data():
     assert one["train"] != other["train"] and one["unseen"] != other["unseen"]
 
 
+def test_the_records_of_a_seed_stay_the_same():
+    """So that a run can be repeated: hashes of the records of the published results."""
+    for seed, published in enumerate(["addcddb8", "c1e4a97e"]):
+        content = json.dumps(data.builtin(5000, 62, seed)).encode()
+        assert hashlib.sha256(content).hexdigest()[:8] == published
+
+
 def test_there_are_many_kinds_words_phrasings_and_instructions():
-    assert len(data.KINDS) == 30 and list(data.answers(["a"] * 3, *"abc", 2, 0)) == list(data.KINDS)
+    assert len(data.TASK_KINDS) == 30 and set(data.TASK_KINDS) == set(data.PHRASINGS)
     assert len(set(data.WORDS)) == len(data.WORDS) >= 150
     assert all(len(set(phrasings)) >= 15 for phrasings in data.PHRASINGS.values())
     n = len(data.WORDS)
@@ -77,7 +86,7 @@ def test_there_are_many_kinds_words_phrasings_and_instructions():
 def test_every_split_asks_of_the_instruction_what_it_should(builtin):
     for split in ("train", "seen", "unseen"):
         records = builtin[split]
-        assert sum(r["source"] in data.COMPARES for r in records) >= 0.15 * len(records)
+        assert sum(r["source"] in data.SEARCHING for r in records) >= 0.15 * len(records)
         assert sum(len(r["instruction"].split()) for r in records) >= 7 * len(records)
 
 
@@ -137,10 +146,11 @@ EXAMPLES = {  # solved by hand, with the words A, B, C, the number 2 and the thi
 }
 
 
-@pytest.mark.parametrize("kind", data.KINDS)
+@pytest.mark.parametrize("kind", data.TASK_KINDS)
 def test_kinds_do_what_they_say(kind):
     given, expected = EXAMPLES[kind]
-    assert data.answers(given.split(), "A", "B", "C", n=2, nth=2)[kind] == expected.split()
+    task = data.Task("", kind, ("A", "B", "C", 2, 2))
+    assert task.solve(given.split()) == expected.split()
 
 
 def blanked(text):
@@ -152,7 +162,7 @@ def blanked(text):
     return tuple("*" if word in arguments else word for word in re.findall(r"\w+|\*", text))
 
 
-@pytest.mark.parametrize("kind", data.KINDS)
+@pytest.mark.parametrize("kind", data.TASK_KINDS)
 def test_phrasings_have_all_slots_of_their_kind_and_are_not_the_human_ones(kind):
     """Each has a slot at least: else all its texts are held out, or none."""
     human = data.read_records(data.ASSETS / "human.json")
@@ -165,8 +175,8 @@ def test_phrasings_have_all_slots_of_their_kind_and_are_not_the_human_ones(kind)
 
 
 def test_two_steps_are_done_one_after_the_other():
-    first = data.Task("Drop the first word.", "drop first", lambda w: w[1:], ())
-    second = data.Task("Put fox at the end.", "append", lambda w: w + ["fox"], ())
+    first = data.Task("Drop the first word.", "drop first", ("", "", "", 2, 0))
+    second = data.Task("Put fox at the end.", "append", ("fox", "", "", 2, 0))
     task = data.in_turn(first, second)
     assert task.text == "Drop the first word, then put fox at the end."
     assert task.solve(["cup", "sun"]) == ["sun", "fox"]
@@ -184,27 +194,27 @@ def test_common_phrasings_are_common_and_rare_ones_come(builtin):
 
 
 def test_every_kind_is_asked_for_as_often_as_it_should(builtin):
-    kinds = [*data.KINDS, "two steps"]
+    kinds = [*data.TASK_KINDS, "two steps"]
     for split in ("seen", "unseen"):
         counts = Counter(r["source"] for r in builtin[split])
         assert max(counts.values()) - min(counts[kind] for kind in kinds) <= 1
     counts = Counter(r["source"] for r in builtin["train"])
     whole = sum(counts.values())
     for kind in kinds:
-        share = (4 if kind in (*data.COMPARES, "two steps") else 1) / 64
+        share = (4 if kind in (*data.SEARCHING, "two steps") else 1) / 64
         assert abs(counts[kind] / whole - share) < 0.01
 
 
 def test_where_a_word_is_to_be_found_guessing_does_not_help():
     """The commonest answer to a kind that compares is right for at most a bit over half."""
     rng = random.Random(0)
-    for kind in data.COMPARES:
+    for kind in data.SEARCHING:
         tasks = [data.make_task(rng, kind) for _ in range(1000)]
         records = [data.make_record(task, rng) for task in tasks]
         answers = Counter(r["output"] for r in records)
         assert answers.most_common(1)[0][1] < 560
         assert all(r["output"] for r in records)  # what is removed is never the whole list
-        there = sum(task.words[0] in r["input"].split() for task, r in zip(tasks, records))
+        there = sum(task.slots[0] in r["input"].split() for task, r in zip(tasks, records))
         assert 440 < there <= 1000
 
 
@@ -232,6 +242,23 @@ def test_a_data_file_belongs_to_one_split_and_may_be_json_lines(tmp_path):
     write(tmp_path, "train.txt", "no data")
     loaded = data.load_instructions(str(tmp_path))
     assert [len(loaded[split]) for split in ("train", *data.SPLITS)] == [1, 0, 2, 0]
+
+
+def test_files_of_a_run_are_not_taken_for_data(tmp_path):
+    """A run whose --out_dir is the data directory: its log is no training set."""
+    write(tmp_path, "a_train.jsonl", json.dumps(record()))
+    names = ("train_log.jsonl", "config.json", "metrics.json", "outputs-seen.csv", "tokenizer.json")
+    for name in names:
+        write(tmp_path, name, "[3]")
+    assert data.load_instructions(str(tmp_path))["train"] == [record()]
+
+
+@pytest.mark.parametrize("before, between", [("", "\n"), ("[", ",")])
+def test_a_byte_order_mark_is_no_part_of_the_data(before, between, tmp_path):
+    content = before + between.join([json.dumps(record())] * 2) + "]" * len(before)
+    write(tmp_path, "a_train.json", content.encode("utf-8-sig"))
+    write(tmp_path, "a_validation_seen.json", b"\xef\xbb\xbf\n")
+    assert data.load_instructions(str(tmp_path))["train"] == [record()] * 2
 
 
 GOOD = '{"instruction": "a", "output": "b"}'
@@ -298,34 +325,79 @@ def test_layout_is_the_papers():
     assert e.input == [2]
 
 
-def test_long_examples_are_cut_at_the_right_and_those_without_output_skipped():
-    whole, _ = data.make_examples([record(output="abcdef")], Letters(), 1)
-    source = whole[0].prompt + whole[0].input
-    for n in range(1, len(whole[0]) + 3):
-        examples, skipped = data.make_examples([record(output="abcdef")], Letters(), 1, "llama", n)
-        assert skipped == 1 - len(examples) == (n <= len(source))
-        for e in examples:
-            assert e.prompt + e.input + e.output == (source + whole[0].output)[:n]
+@pytest.mark.parametrize("n_gist", [0, 1, 3])
+@pytest.mark.parametrize("see_start", [False, True])
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_every_token_has_its_segment(arch, see_start, n_gist):
+    """The first token of a decoder's row is START if it is to be seen; without gists, all is input."""
+    e = data.layout(record(), Letters(), n_gist, arch, see_start)
+    named = "".join("_pgis"[label] for label in e.segments)
+    prompt = "p" * len("_Instruction: Say a.") if n_gist else "i" * len("_Instruction: Say a.")
+    start = {"t5": "", "llama": "s" if see_start else prompt[0]}[arch]
+    assert named == start + prompt + "g" * n_gist + "i" * len(e.input)
+    assert "g" * n_gist == "".join("g" for token in e.prompt if token == Letters.gist_id)
+
+
+def test_a_tokenizer_without_a_first_token_has_none_in_its_rows():
+    tokenizer = Letters()
+    tokenizer.bos_id = None
+    e = data.layout(record(), tokenizer, 1, see_start=True)
+    assert e.prompt[0] == ord("_") and gist_mask.START not in e.segments
+
+
+@pytest.mark.parametrize("see_start", [False, True])
+def test_long_examples_are_cut_at_the_right_and_those_without_output_skipped(see_start):
+    records = [record(output="abcdef")]
+    e = data.layout(records[0], Letters(), 1, "llama", see_start)
+    whole, n_source = e.prompt + e.input + e.output, len(e.prompt + e.input)
+    for n in range(1, len(whole) + 3):
+        some, skipped = data.make_examples(records, Letters(), 1, "llama", see_start, n)
+        assert skipped == 1 - len(some) == (n <= n_source)
+        for cut in some:
+            assert cut.prompt + cut.input + cut.output == whole[:n]
+            assert cut.segments == e.segments
 
 
 def test_a_long_source_of_t5_keeps_its_end_and_loses_no_gist():
-    whole, _ = data.make_examples([record(given="b" * 20)], Letters(), 1, "t5")
-    source = whole[0].prompt + whole[0].input
+    records = [record(given="b" * 20)]
+    e = data.layout(records[0], Letters(), 1, "t5")
+    source = e.prompt + e.input
     for n in range(1, len(source) + 2):
-        examples, skipped = data.make_examples([record(given="b" * 20)], Letters(), 1, "t5", n, 2)
-        assert skipped == 1 - len(examples) == (n <= len(whole[0].prompt))
-        for e in examples:
-            cut = source if n >= len(source) else source[: n - 1] + [2]
-            assert e.prompt + e.input == cut and e.output == whole[0].output[:2]
+        some, skipped = data.make_examples(records, Letters(), 1, "t5", False, n, 2)
+        assert skipped == 1 - len(some) == (n <= len(e.prompt))
+        for cut in some:
+            kept = source if n >= len(source) else source[: n - 1] + [2]
+            assert cut.prompt + cut.input == kept and cut.output == e.output[:2]
+            assert cut.segments == e.segments[:n]
 
 
-def test_targets_are_the_output_one_place_early():
+def test_an_example_that_loses_a_gist_token_after_its_input_is_skipped(monkeypatch):
+    """By an edit of the layout alone: a gist token after the input, too."""
+    layout = data.layout
+
+    def gist_after(*args):
+        e = layout(*args)
+        e.input, e.segments = e.input + [Letters.gist_id], e.segments + [gist_mask.GIST]
+        return e
+
+    monkeypatch.setattr(data, "layout", gist_after)
+    n_source = len(gist_after(record(), Letters(), 1, "t5", False).segments)
+    for n in range(1, n_source + 2):
+        some, skipped = data.make_examples([record()], Letters(), 1, "t5", False, n)
+        assert skipped == 1 - len(some) == (n < n_source)
+
+
+@pytest.mark.parametrize("see_start", [False, True])
+def test_targets_are_the_output_one_place_early(see_start):
     records = [record(output="xyz"), record("Say.", "", "x")]
-    examples, _ = data.make_examples(records, Letters(), 1)
-    batch = data.collate(examples, pad_id=0)
+    examples, _ = data.make_examples(records, Letters(), 1, see_start=see_start)
+    batch = data.collate(examples, pad_id=7)
     for row, e in enumerate(examples):
-        tokens, targets, real = (batch[k][row] for k in ("tokens", "targets", "attention_mask"))
-        assert real.sum() == len(e) and tokens[real].tolist() == e.prompt + e.input + e.output
+        tokens, segments, targets = (batch[k][row] for k in ("tokens", "segments", "targets"))
+        n = len(e)
+        assert tokens[:n].tolist() == e.prompt + e.input + e.output
+        assert segments[:n].tolist() == e.segments + [gist_mask.INPUT] * len(e.output)
+        assert all(tokens[n:] == 7) and all(segments[n:] == gist_mask.PADDING)
         labels = (targets != IGNORE_INDEX).nonzero()[:, 0]
         assert targets[labels].tolist() == e.output == tokens[labels + 1].tolist()
 
@@ -333,25 +405,28 @@ def test_targets_are_the_output_one_place_early():
 def test_t5_has_its_source_and_its_output_apart():
     records = [record(output="xyz"), record("Say.", "", "x")]
     examples, _ = data.make_examples(records, Letters(), 1, "t5")
-    batch = data.collate(examples, 0, "t5")
+    batch = data.collate(examples, pad_id=7)
     for row, e in enumerate(examples):
-        tokens, targets, real = (batch[k][row] for k in ("tokens", "targets", "attention_mask"))
-        assert tokens[real].tolist() == e.prompt + e.input
-        assert targets[targets != IGNORE_INDEX].tolist() == e.output
+        tokens, segments, targets = (batch[k][row] for k in ("tokens", "segments", "targets"))
+        n = len(e.segments)
+        assert tokens[:n].tolist() == e.prompt + e.input and segments[:n].tolist() == e.segments
+        assert all(tokens[n:] == 7) and all(segments[n:] == gist_mask.PADDING)
+        assert (
+            targets[targets != IGNORE_INDEX].tolist()
+            == e.output
+            == targets[: len(e.output)].tolist()
+        )
 
 
 def test_rows_are_padded_on_the_side_that_is_asked_for():
-    tokens, mask = data.pad([[5, 6], [7]], 0)
-    assert tokens.tolist() == [[5, 6], [7, 0]] and mask.tolist() == [[True, True], [True, False]]
-    tokens, mask = data.pad([[5, 6], [7]], 0, left=True)
-    assert tokens.tolist() == [[5, 6], [0, 7]] and mask.tolist() == [[True, True], [False, True]]
+    assert data.pad([[5, 6], [7]]).tolist() == [[5, 6], [7, 0]]
+    assert data.pad([[5, 6], [7], []], 9, side="left").tolist() == [[5, 6], [9, 7], [9, 9]]
 
 
-@pytest.mark.parametrize("arch", ["llama", "t5"])
-def test_a_batch_of_no_rows_is_a_batch(arch):
-    batch = data.collate([], 0, arch)
-    assert all(x.shape == (0, 0) for x in batch.values())
-    assert batch["tokens"].dtype == batch["targets"].dtype == torch.int64
+def test_batches_of_no_rows_and_of_empty_rows_are_batches():
+    assert data.pad([[], []]).shape == (2, 0) and data.pad([]).shape == (0, 0)
+    for x in (*data.collate([], 0).values(), data.pad([[]])):
+        assert len(x) <= 1 and x.dtype == torch.int64
 
 
 @pytest.mark.parametrize("n, batch_size", [(1, 4), (7, 8), (1000, 16), (3001, 10)])
@@ -368,35 +443,6 @@ def test_an_epoch_has_every_example_once_and_little_padding(n, batch_size):
         assert 1 - sum(lengths) / places < 0.12
 
 
-def test_keywords_are_the_words_of_the_highest_tfidf():
-    """Against a slow count: words of the training instructions are common, others rarest."""
-    rng = random.Random(0)
-    records = [record(" ".join(rng.choices("abcdefgh", k=6))) for _ in range(60)]
-    train, given = records[:40], records[40:] + [record("a new word, a NEW one")]
-    instructions = {r["instruction"] for r in train}
-
-    def idf(word):
-        have = sum(word in text.split() for text in instructions)
-        return math.log(len(instructions) / have) if have else math.inf
-
-    rarest = max(idf(word) for text in instructions for word in text.split())
-    for n in (1, 2, 5):
-        for before, after in zip(given, data.with_keywords(given, train, n)):
-            words = re.findall(r"\w+", before["instruction"].lower())
-            score = {word: words.count(word) * min(idf(word), rarest) for word in words}
-            kept = after["keywords"].split()
-            assert len(kept) == min(n, len(score)) and kept == sorted(kept, key=words.index)
-            least = min(score[word] for word in kept)
-            assert all(score[word] <= least for word in score.keys() - set(kept))
-            assert after["instruction"] == before["instruction"]
-
-
-def test_keywords_stand_for_the_instruction():
-    changed = data.with_keywords([record("Say a fox.")], [record("Say a."), record("Say b.")], 1)
-    e = data.layout(changed[0], Letters(), n_gist=0)
-    assert texts(e)[0] == "_Instruction: a" and e.record["instruction"] == "Say a fox."
-
-
 # ---- The tokenizer that is trained here ----
 
 
@@ -409,6 +455,15 @@ def test_a_tokenizer_trained_on_the_builtin_text_has_a_token_for_every_word(buil
         assert tokenizer.decode(tokenizer.encode(text)) == text
     with_gist = tokenizer.encode("fox") + [tokenizer.gist_id] + tokenizer.encode("cup")
     assert tokenizer.decode(with_gist) == "fox cup"
+
+
+@pytest.mark.parametrize("letters", ["一丁七万丈三上下不", "абвгдежзи"])
+def test_long_lines_of_any_script_are_learned(letters):
+    """SentencePiece skips lines of more than 4,192 bytes, which is 1,397 Chinese letters."""
+    rng = random.Random(0)
+    records = [record("".join(rng.choices(letters, k=2500))) for _ in range(10)]
+    tokenizer = data.train_tokenizer(records, 400)
+    assert len(tokenizer.encode("".join(rng.choices(letters, k=100)))) <= 102
 
 
 def test_more_characters_than_vocab_size_are_answered_with_its_name():
@@ -498,7 +553,7 @@ def test_a_closed_pipe_ends_quietly(body):
     assert (process.returncode, stderr) == (0, "")
 
 
-@pytest.mark.parametrize("command", ["gist_mask.py", "data.py", "profile.py paper"])
+@pytest.mark.parametrize("command", ["data.py", "profile.py paper"])
 def test_what_prints_may_be_cut_short(command):
     read, write = os.pipe()
     os.close(read)
@@ -514,7 +569,9 @@ def test_the_file_shows_one_record_on_its_way():
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) <= 40
     shown = json.loads(lines[0])
-    ids, segments, positions, targets = zip(*[map(int, line.split()[:4]) for line in lines[4:]])
-    assert sorted(segments) == list(segments) and segments.count(1) == 1
-    assert positions[segments.index(1)] == 0 and positions[-1] - positions[0] == len(ids) - 1
-    assert len([t for t in targets if t != IGNORE_INDEX]) > len(shown["output"].split())
+    _, segments, positions, targets = zip(*[line.split()[:4] for line in lines[3:]])
+    n_prompt, n_input = segments.count("prompt"), segments.count("input")
+    assert list(segments) == ["prompt"] * n_prompt + ["gist"] + ["input"] * n_input
+    assert [int(position) for position in positions] == list(range(-n_prompt - 1, n_input))
+    labels = [target for target in targets if int(target) != IGNORE_INDEX]
+    assert len(labels) > len(shown["output"].split())

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +65,7 @@ def test_outputs_files_hold_the_questions_and_references(runs, evaluated, folder
 
 
 def test_one_table_shows_all_runs_and_the_score_command_agrees(runs, capsys):
-    evaluation.run(list(runs.values()), device="cpu")
+    evaluation.evaluate_runs(list(runs.values()), device="cpu")
     printed = capsys.readouterr().out
     for path in runs.values():
         assert f"{path} unseen" in printed and f"{path} human" in printed
@@ -80,26 +81,26 @@ def test_the_loss_is_the_mean_of_a_token_and_answers_come_in_order(arch, runs, f
     records = data.load_instructions(str(folder))["unseen"]
     examples, _ = data.make_examples(records, tokenizer, 2, arch)
 
-    def evaluate(some, batch_size):
-        return evaluation.evaluate(model, tokenizer, some, "gist", batch_size, 5)
-
-    single = [evaluate([e], 1) for e in examples]
-    loss, answers = evaluate(examples, 4)
+    single = [evaluation.evaluate(model, tokenizer, [e], "gist", 5) for e in examples]
+    loss, answers = evaluation.evaluate(model, tokenizer, examples, "gist", 5)
     labels = [len(e.output) for e in examples]
     total = sum(one * n for (one, _), n in zip(single, labels))
     assert loss == pytest.approx(total / sum(labels), rel=1e-5)
     assert answers == [texts[0] for _, texts in single]
 
     e = examples[0]
-    gist_id = tokenizer.gist_id
-    tokens = torch.tensor([e.prompt + e.input + (e.output if arch == "llama" else [])])
+    output = torch.tensor([e.output])
     if arch == "llama":
-        mask = gist_mask.decoder_mask(tokens, gist_id)
-        logits = model(tokens, mask, gist_mask.positions(tokens, gist_id))[0, -labels[0] - 1 : -1]
+        tokens = torch.tensor([e.prompt + e.input + e.output])
+        segments = torch.tensor([e.segments + [gist_mask.INPUT] * len(e.output)])
+        mask = gist_mask.decoder_mask(segments)
+        logits = model(tokens, mask, gist_mask.positions(segments))[0, -labels[0] - 1 : -1]
     else:
-        masks = gist_mask.encoder_mask(tokens, gist_id), gist_mask.cross_mask(tokens, gist_id)
-        target = torch.tensor([[model.config.start_id, *e.output[:-1]]])
-        logits = model(tokens, target, *masks)[0]
+        segments = torch.tensor([e.segments])
+        masks = {"mask": gist_mask.encoder_mask(segments)}
+        masks["cross_mask"] = gist_mask.cross_mask(segments)
+        masks["positions"] = gist_mask.positions(segments)
+        logits = model(torch.tensor([e.prompt + e.input]), output, **masks)[0]
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor(e.output)).item()
     assert single[0][0] == pytest.approx(expected, rel=1e-5)
 
@@ -115,13 +116,13 @@ def test_a_batch_has_a_largest_number_of_tokens(runs, folder, monkeypatch):
         return answer(model, tokenizer, some, *args)
 
     monkeypatch.setattr(evaluation, "answer", spy)
-    expected = evaluation.evaluate(model, tokenizer, examples, "gist", 50, 5)
+    expected = evaluation.evaluate(model, tokenizer, examples, "gist", 5)
     assert len(sizes) == 1
     limit = 3 * (max(len(e) for e in examples) + 5)
     for tokens, largest in ((limit, 3), (1, 1)):
         monkeypatch.setattr(evaluation, "MAX_TOKENS", tokens)
         sizes.clear()
-        loss, answers = evaluation.evaluate(model, tokenizer, examples, "gist", 50, 5)
+        loss, answers = evaluation.evaluate(model, tokenizer, examples, "gist", 5)
         assert max(n for n, _ in sizes) == largest
         assert answers == expected[1] and loss == pytest.approx(expected[0], rel=1e-5)
 
@@ -152,7 +153,7 @@ def test_on_a_gpu_the_weights_get_the_dtype_of_the_training(runs, monkeypatch):
 def test_runs_that_skipped_different_examples_stand_in_one_table(runs, folder, tmp_path, capsys):
     lengths = [len(e) for e in all_examples(runs["llama"], folder)]
     short = train_run(folder, tmp_path / "short", max_length=sorted(lengths)[3], max_steps=1)
-    evaluation.run([runs["llama"], short], device="cpu")
+    evaluation.evaluate_runs([runs["llama"], short], device="cpu")
     printed = capsys.readouterr().out
     assert "skipped" in printed and f"{short} unseen" in printed
 
@@ -162,47 +163,71 @@ def all_examples(run, folder):
     return data.make_examples(data.load_instructions(str(folder))["unseen"], tokenizer, 2)[0]
 
 
-def test_data_without_validation_files_is_no_error(runs, folder, tmp_path, capsys):
+def test_an_evaluation_that_finds_nothing_leaves_the_earlier_results(
+    runs, evaluated, folder, tmp_path
+):
     text = (folder / "a_train.json").read_text().splitlines()[0]
     (tmp_path / "train.json").write_text(text)
-    evaluation.run([runs["llama"]], device="cpu", data_dir=str(tmp_path))
-    assert "no validation files" in capsys.readouterr().out
+    before = (Path(runs["llama"]) / "metrics.json").read_bytes()
+    for options in ({"data_dir": str(tmp_path)}, {"max_length": 1}):
+        with pytest.raises(data.DataError, match="nothing to evaluate"):
+            evaluation.evaluate_run(runs["llama"], device="cpu", **options)
+    assert (Path(runs["llama"]) / "metrics.json").read_bytes() == before
 
 
-def test_the_built_in_splits_are_scored_by_family(runs, monkeypatch, capsys):
+def test_runs_before_one_that_cannot_be_opened_have_their_table(runs, tmp_path):
+    done = command("run", runs["llama"], runs["t5"], "nowhere", "--device", "cpu", cwd=tmp_path)
+    table = done.stdout.splitlines()[-5:]
+    assert done.returncode == 2 and "nowhere: no checkpoint" in done.stderr
+    assert "rougeL" in table[0] and table[1].startswith(runs["llama"])
+    assert table[-1].startswith(f"{runs['t5']} human")
+
+
+def test_outputs_of_built_in_instructions_have_their_family(runs, monkeypatch):
     monkeypatch.setattr(data, "load_instructions", lambda *args: data.builtin(10, 8))
-    metrics = evaluation.evaluate_run(runs["llama"], device="cpu", max_new_tokens=3)
-    families = metrics["unseen"]["families"]
-    assert sum(scores["n"] for scores in families.values()) == 8
-    mean = sum(scores["n"] * scores["rougeL"] for scores in families.values()) / 8
-    assert mean == pytest.approx(metrics["unseen"]["rougeL"])
-    assert "families" not in metrics["human"]
+    evaluation.evaluate_run(runs["llama"], device="cpu", max_new_tokens=3)
+    rows = evaluation.read_outputs(f"{runs['llama']}/outputs-unseen.csv")
+    sources = [record["source"] for record in data.builtin(10, 8)["unseen"]]
+    assert [row["family"] for row in rows] == sources
+    human = evaluation.read_outputs(f"{runs['llama']}/outputs-human.csv")
+    assert {row["family"] for row in human} == {""}
 
 
-def test_a_tfidf_run_reads_keywords_and_its_outputs_show_whole_questions(folder, tmp_path):
-    settings = dict(condition="pos_control", n_gist=0, tfidf=2, max_steps=1)
-    path = train_run(folder, tmp_path / "tfidf", **settings)
-    metrics = evaluation.evaluate_run(path, device="cpu")
-    assert metrics["tfidf"] == 2
-    rows = evaluation.read_outputs(f"{path}/outputs-unseen.csv")
-    records = data.load_instructions(str(folder))["unseen"]
-    assert [r["instruction"] in row["x"] for r, row in zip(records, rows, strict=True)]
+def test_a_finished_run_of_an_older_version_still_opens(runs, tmp_path):
+    """Its configuration has settings that are gone, and lacks those that came later."""
+    for file in Path(runs["llama"]).glob("[!ocl]*"):
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = data.read_config(runs["llama"])
+    config["gisting"] |= {"tfidf": None, "overwrite": True}
+    del config["gisting"]["eval_every"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _, _, opened = evaluation.open_run(str(tmp_path), device="cpu")
+    assert opened["n_gist"] == 2 and opened["eval_every"] is None
+
+
+def test_a_released_model_is_opened_by_its_flags(runs, tmp_path):
+    for file in Path(runs["llama"]).glob("[!ocl]*"):
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = data.read_config(runs["llama"])
+    del config["gisting"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(data.DataError, match="give --n_gist"):
+        evaluation.open_run(str(tmp_path), device="cpu")
+    _, _, opened = evaluation.open_run(str(tmp_path), device="cpu", n_gist=2)
+    assert (opened["n_gist"], opened["condition"], opened["arch"]) == (2, "gist", "llama")
 
 
 # ---- Outputs files ----
 
 
-def write_csv(file, *answers):
-    rows = [("x", "y_pred", "y_true"), *[(f"q{i}", a, "z") for i, a in enumerate(answers)]]
+def test_an_outputs_file_is_scored_against_its_references(tmp_path, capsys):
+    file = tmp_path / "a.csv"
+    rows = [("x", "y_pred", "y_true"), ("q", "the red fox", "the red dog"), ("q", "two", "two ")]
     with open(file, "w", newline="") as f:
         csv.writer(f).writerows(rows)
-    return str(file)
-
-
-def test_scores_against_another_file_count_equal_answers(tmp_path, capsys):
-    a = write_csv(tmp_path / "a.csv", "the red fox", "two")
-    b = write_csv(tmp_path / "b.csv", "the red dog", "two ")
-    evaluation.score_files([a], against=b)
+    evaluation.score_files([str(file)])
     header, row = capsys.readouterr().out.splitlines()
     assert dict(zip(header.split(), row.split()[1:])) == {
         "n": "2",
@@ -214,19 +239,13 @@ def test_scores_against_another_file_count_equal_answers(tmp_path, capsys):
     }
 
 
-def test_files_of_other_examples_are_not_compared(tmp_path):
-    a = write_csv(tmp_path / "a.csv", "one", "two")
-    b = write_csv(tmp_path / "b.csv", "one")
-    with pytest.raises(data.DataError, match="other examples"):
-        evaluation.score_files([a], against=b)
-
-
 @pytest.mark.parametrize(
     "content, says",
     [
         ("x,y_true\na,b\n", "y_pred"),
         ("x,y_pred,y_true\n", "no rows"),
         ("", "no rows"),
+        ("\ufeffx,y_pred,y_true\na,b\n", "too few columns"),  # with a byte order mark
         ("x,y_pred,y_true\na,b\n", "too few columns"),
         ("x,y_pred,y_true\na,b,c\nd\n", "too few columns"),
         (b"x,y_pred,y_true\na,\xff,c\n", "utf-8"),
@@ -247,7 +266,7 @@ def test_an_outputs_file_of_another_shape_is_refused(tmp_path, content, says):
     [
         (["run", "nowhere"], "nowhere: no checkpoint"),
         (["score", "nowhere.csv"], "nowhere.csv"),
-        (["run", "nowhere", "--batch_size", "0"], "--batch_size"),
+        (["run", "nowhere", "--max_length", "0"], "--max_length"),
         (["run", "nowhere", "--n_gist", "1", "--condition", "magic"], "--condition"),
         (["run", "{run}", "--condition", "neg_control"], "leave --n_gist, --condition"),
         (["run", "{run}", "--n_gist", "1"], "leave --n_gist, --condition"),
@@ -273,14 +292,39 @@ def test_a_condition_that_the_table_lacks_ends_in_one_line(runs, monkeypatch):
         evaluation.open_run(runs["llama"], device="cpu")
 
 
-def test_every_command_explains_its_flags(capsys):
-    for name in ("run", "score", "compress", "plot", "judge", "winrate"):
+def test_the_commands_are_explained(capsys):
+    with pytest.raises(SystemExit) as stop:
+        data.make_parser("", evaluation.COMMANDS, evaluation.OPTIONS).parse_args(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"^ +{name} +\w+ \w+", shown, re.M) for name in evaluation.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "flag, says",
+    [
+        ("--n_gist=-1", "-1 is too small: at least 1"),
+        ("--n_gist=99999999999", "99999999999 is too large: at most 4,294,967,295"),
+        ("--n_gist=x", "invalid int value: 'x'"),
+    ],
+)
+def test_a_number_out_of_range_is_explained(flag, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        data.make_parser("", evaluation.COMMANDS, {}).parse_args(["run", "x", flag])
+    assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_every_command_explains_its_flags_and_shows_their_defaults(capsys):
+    for name, functions in evaluation.COMMANDS.items():
         with pytest.raises(SystemExit) as stop:
-            evaluation.make_parser("", evaluation.COMMANDS).parse_args([name, "--help"])
+            data.make_parser("", evaluation.COMMANDS, evaluation.OPTIONS).parse_args([name, "-h"])
         assert stop.value.code == 0
-        explained, flags = capsys.readouterr().out.split("\noptions:\n")
-        for flag in set(flags.split()) & {f"--{n}" for n in ("out", "load", "base", "metric")}:
-            assert flag.removeprefix("--") in explained
+        shown = " ".join(capsys.readouterr().out.split())
+        for function in functions:
+            for flag, default in (function.__kwdefaults__ or {}).items():
+                helps = re.search(rf"--{flag} [A-Z{{].*?(?= --|$)", shown.split("options:")[1])[0]
+                assert len(helps.split()) > 4
+                assert default is None or f"(default: {default})" in helps
 
 
 def test_the_script_runs(runs, evaluated):

@@ -1,7 +1,10 @@
 """The worked solutions run, and gists that they cache answer exactly as their masks say."""
 
+import ast
 import json
+import math
 import random
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -15,26 +18,33 @@ import data
 import eval
 import gist_mask
 import train
+from gist_mask import GIST, INPUT, PADDING, PROMPT, START
 from model import Llama, LlamaConfig
 from t5 import T5, T5Config
 
 from exercises import (  # isort: skip
     accumulating_gists,
+    attention,
     attention_sink,
     cartridge,
     distillation,
+    gist_embedding_only,
     gist_library,
+    gist_lora,
     gist_pretraining,
+    keywords,
     learning_curve,
     live_table,
     long_prompts,
     mean_of_two_gists,
+    micro,
     several_gists,
     what_else_to_keep,
+    where_one_token_fails,
 )
 
 ROOT = Path(__file__).parent.parent
-G = 9  # the gist's id in rows made by hand
+G = 9  # the gist token's id in rows made by hand
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +92,10 @@ def run(name, *flags):
 # ---- Every solution runs ----
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "tests" / "exercises").glob("*.py")))
+SOLUTIONS = {*(ROOT / "tests/exercises").glob("*.py")} - {ROOT / "tests/exercises/data.py"}
+
+
+@pytest.mark.parametrize("file", sorted(SOLUTIONS))
 def test_a_solution_is_short_and_says_how_to_run_it(file):
     text = file.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150
@@ -126,49 +139,46 @@ def test_distillation_trains_a_run_and_wants_the_tokenizer_of_its_teacher(folder
     assert last["step"] == 3 and "loss_unseen" in last
     assert eval.open_run(str(distilled), device="cpu")[2]["condition"] == "gist"
     command = [sys.executable, "-m", "tests.exercises.distillation", "--teacher", teacher, *flags]
-    command += ["--seed", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and "another --seed" in done.stderr
+    for more, says in (
+        (["--vocab_size", "390", "--out_dir", str(tmp_path / "other")], "another tokenizer"),
+        (["--n_gist", "2", "--out_dir", str(tmp_path / "other")], "another --n_gist"),
+        (["--out_dir", teacher], "another run"),
+        (["--out_dir", teacher, "--condition", "pos_control", "--resume"], "loss batch_loss"),
+    ):
+        done = subprocess.run(command + more, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 2 and says in done.stderr.splitlines()[-1]
+    labels = train.Config(**same, eval_every=3, out_dir=str(distilled), resume=True)
+    with pytest.raises(data.DataError, match="loss distillation"):
+        train.train(labels)
 
 
-def test_attention_sink_trains_and_evaluates_a_run(folder, make_run, tmp_path):
+def test_a_stopped_distillation_says_how_to_go_on(monkeypatch, capsys):
+    """With the status of a stopped training."""
+    monkeypatch.setattr(train, "train", lambda *args: (None, None, None, 15))
+    monkeypatch.setattr(distillation, "from_teacher", lambda *args: None)
+    monkeypatch.setattr(sys, "argv", ["distillation", "--teacher", "a run"])
+    with pytest.raises(SystemExit) as stop:
+        distillation.main()
+    assert stop.value.code == 143 and "--resume" in capsys.readouterr().err
+
+
+def test_attention_sink_prints_a_line_for_every_mask_and_draws(folder, make_run, tmp_path):
+    pretrained, picture = tmp_path / "pretrained", tmp_path / "sink.png"
     model, tokenizer = data.load_model(make_run("llama"))
-    data.save_model(tmp_path / "pretrained", model, tokenizer)
-    out_dir = tmp_path / "sink"
-    flags = ("--data", folder, "--max_steps", 2, "--batch_size", 4, "--device", "cpu")
-    flags += ("--out_dir", out_dir, "--max_new_tokens", 5)
-    text = run("attention_sink", "--init_from", tmp_path / "pretrained", *flags)
-    assert f"{out_dir} unseen" in text
-    metrics = json.loads((out_dir / "metrics.json").read_text())
-    assert metrics["steps"] == 2
-    run("attention_sink", "--init_from", tmp_path / "pretrained", *flags, "--resume")
-    assert json.loads((out_dir / "metrics.json").read_text()) == metrics
-    command = [sys.executable, "-m", "tests.exercises.attention_sink", *map(str, flags)]
+    data.save_model(pretrained, model.bfloat16(), tokenizer)  # as most are published
+    flags = ("--data", folder, "--n_test", 3, "--out", picture)
+    rows = [line.split() for line in run("attention_sink", pretrained, *flags).splitlines()]
+    values = {" ".join(row[:-4]): [float(value) for value in row[-4:]] for row in rows[1:-1]}
+    assert list(values) == list(attention_sink.SETTINGS)
+    assert values["neg_control"][1:3] == [0, 0] and values["gist"][1] == 0
+    assert min(values["pos_control"]) > 0 and min(values["gist --see_start"]) > 0
+    assert picture.stat().st_size > 5000
+
+
+def test_attention_sink_wants_a_decoder(make_run):
+    command = [sys.executable, "-m", "tests.exercises.attention_sink", str(make_run("t5"))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and "--init_from" in done.stderr
-
-
-def test_attention_sink_learns_from_a_teacher_under_its_own_masks(folder, make_run, tmp_path):
-    pretrained, teacher, out_dir = (tmp_path / name for name in ("pretrained", "teacher", "sink"))
-    data.save_model(pretrained, *data.load_model(make_run("llama")))
-    same = {"data": str(folder), "init_from": str(pretrained), "max_steps": 1, "device": "cpu"}
-    same["batch_size"] = 60  # all examples
-    train.train(train.Config(condition="pos_control", out_dir=str(teacher), **same))
-    flags = [text for name, value in same.items() for text in (f"--{name}", str(value))]
-    run("attention_sink", "--teacher", teacher, *flags, "--no_eval", "--out_dir", out_dir)
-    logged = json.loads((out_dir / "train_log.jsonl").read_text())["loss"]
-
-    model, tokenizer = data.load_model(pretrained)
-    data.add_gist_token(model, tokenizer)
-    examples, _ = data.make_examples(data.load_instructions(str(folder))["train"], tokenizer, 1)
-    batch = data.collate(examples, tokenizer.pad_id)
-    rest = (batch, tokenizer.gist_id, "gist", data.load_model(teacher)[0], "pos_control")
-    usual = distillation.distillation_loss(model, *rest)
-    with attention_sink.first_token_is_input(tokenizer.bos_id):
-        loss = distillation.distillation_loss(model, *rest)
-    n_labels = sum(len(e.output) for e in examples)
-    assert logged == pytest.approx(loss.item() / n_labels, rel=1e-5)
-    assert logged != pytest.approx(usual.item() / n_labels, rel=1e-5)
+    assert done.returncode == 2 and "no decoder" in done.stderr
 
 
 def test_accumulating_gists_runs():
@@ -188,14 +198,21 @@ def test_what_else_to_keep_compares_every_way(make_run):
     assert [line.split()[0] for line in lines] == ["gist", "last", "attended", "average", "all"]
 
 
+def test_what_else_to_keep_wants_a_run_that_sees_the_whole_prompt(make_run, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program.py", *map(str, [make_run("llama")] * 2)])
+    with pytest.raises(data.DataError, match="pos_control"):
+        what_else_to_keep.main()
+
+
 def test_every_way_to_cut_a_cache_down_keeps_as_many_columns(tokenizer):
     model = small("llama", tokenizer.vocab_size)
-    cache = model.compress(torch.arange(7)[None])
+    segments = torch.full((1, 7), gist_mask.PROMPT)
+    cache = eval.compress_prompts(model, torch.arange(7)[None], segments, "pos_control")
     attended = torch.tensor([0.1, 0.3, 0.0, 0.2, 0.1, 0.2, 0.1])
     for name, keep in what_else_to_keep.WAYS.items():
         kept = keep(cache, 2, attended)
         assert kept.length == (7 if name == "all" else 2)
-        assert kept.next_position.item() == cache.next_position.item()
+        assert kept.segments.shape == (1, kept.length)
     most = what_else_to_keep.keep_attended(cache, 1, attended)
     assert torch.equal(most.keys, cache.keys[:, 1:2])
     mean = what_else_to_keep.keep_average(cache, 1, attended)
@@ -299,41 +316,43 @@ def test_a_flipped_entry_breaks_the_cached_gist_only_where_the_input_is_involved
             ):
                 error = live_table.error_of_cached_gist(model, name)
                 assert (error > 3e-5) == (name in breaks), (name, error)
-            encoder = gist_mask.encoder_mask(live_table.ROW, G, name)
-            assert not torch.equal(encoder, gist_mask.encoder_mask(live_table.ROW, G)) or (
-                query == key and query != 0  # a gist token and an input token see themselves
+            flipped, usual = (
+                gist_mask.encoder_mask(live_table.SEGMENTS, condition)
+                for condition in (name, "gist")
             )
+            assert not torch.equal(flipped, usual)
 
 
 # ---- Several gists ----
 
 
 def random_row(rng):
-    """One to three prompts with gist tokens, then an input; segment, pair and position of each."""
-    tokens, labels, n_gist, n_pairs = [], [], rng.randint(1, 3), rng.randint(1, 3)
+    """One to three prompts with gist tokens, then an input; the label, pair and position of each."""
+    labels, n_gist, n_pairs = [], rng.randint(1, 3), rng.randint(1, 3)
     for pair in range(n_pairs):
         p = rng.randint(0 if pair == 0 else 1, 4)
-        tokens += [rng.randrange(G) for _ in range(p)] + [G] * n_gist
-        first = pair * n_gist
-        labels += [("prompt", pair, first - p + i) for i in range(p)]
-        labels += [("gist", pair, first + i) for i in range(n_gist)]
-    q = rng.randint(0, 3)
-    tokens += [rng.randrange(G) for _ in range(q)]
-    return tokens, labels + [("input", None, n_pairs * n_gist + i) for i in range(q)]
+        first = (pair - n_pairs) * n_gist
+        labels += [(PROMPT, pair, first - p + i) for i in range(p)]
+        labels += [(GIST, pair, first + i) for i in range(n_gist)]
+    return labels + [(INPUT, None, i) for i in range(rng.randint(0, 3))]
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_masks_and_positions_of_several_pairs_are_those_of_the_rule(seed):
-    tokens, labels = random_row(random.Random(seed))
-    row = torch.tensor([tokens])
-    everything = torch.ones_like(row, dtype=torch.bool)
-    assert several_gists.positions(row, G)[0].tolist() == [at for _, _, at in labels]
-    mask = several_gists.pair_mask(row, G, everything)[0, 0]
-    accumulated = accumulating_gists.rule_mask(row, G, everything, "accumulate")[0, 0]
+    rng = random.Random(seed)
+    labels = random_row(rng)
+    n, has_input = len(labels), labels[-1][0] == INPUT
+    n_padding = rng.randint(0, 3) if has_input else 0  # as in training
+    segments = torch.tensor([[label for label, _, _ in labels] + [PADDING] * n_padding])
+    assert several_gists.positions(segments)[0, :n].tolist() == [at for _, _, at in labels]
+    encoder, decoder = small("t5", 10), small("llama", 10)
+    mask = several_gists.pair_masking(encoder, segments)["mask"][0, 0]
+    accumulated = accumulating_gists.rule_masking(decoder, segments, "accumulate")["mask"][0, 0]
+    assert not mask[:n, n:].any() and not accumulated[:n, n:].any()
     for q, (query, query_pair, _) in enumerate(labels):
         for k, (key, key_pair, _) in enumerate(labels):
-            sees = key != "prompt" if query == "input" else key_pair == query_pair
-            earlier = query != "input" and key == "gist" and key_pair < query_pair
+            sees = key != PROMPT if query == INPUT else key_pair == query_pair
+            earlier = query != INPUT and key == GIST and key_pair < query_pair
             assert mask[q, k] == sees
             assert accumulated[q, k] == (k <= q and (sees or earlier))
 
@@ -351,56 +370,49 @@ def test_prompts_compressed_apart_answer_as_under_the_mask(arch, n_gist, tokeniz
     model = small(arch, tokenizer.vocab_size)
     for e in two_step_examples(tokenizer, n_gist, arch):
         row, given = torch.tensor([e.prompt + e.input]), torch.tensor([e.input])
-        everything = torch.ones_like(row, dtype=torch.bool)
-        mask = several_gists.pair_mask(row, tokenizer.gist_id, everything)
-        positions = several_gists.positions(row, tokenizer.gist_id)
-        cache = several_gists.compress_apart(model, e.prompt, tokenizer.gist_id)
+        segments, target = torch.tensor([e.segments]), torch.tensor([e.output])
+        assert segments.shape == row.shape
+        cache = several_gists.compress_apart(model, tokenizer, e)
         assert cache.length == n_gist * len(e.record["steps"])
         with torch.no_grad():
-            if arch == "llama":
-                whole = model(row, mask.tril(), positions)[:, -len(e.input) :]
-                cached = model(given, cache=cache)
-            else:
-                target = torch.tensor([[0, *e.output]])
-                seen = gist_mask.segments(row, tokenizer.gist_id) != gist_mask.PROMPT
-                whole = model(row, target, mask, seen[:, None, None], positions=positions)
-                cached = model(given, target, cache=cache)
-        assert (whole - cached).abs().max() < 1e-4
+            whole = model(row, **several_gists.pair_masking(model, segments, target))
+            # Everything is seen, as a decoder's input sees all columns that are left.
+            cached = model(given, cache=cache, **({"target": target} if arch == "t5" else {}))
+        assert (whole[:, -cached.shape[1] :] - cached).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("arch", ["llama", "t5"])
-def test_training_sees_the_pairs_as_they_are_answered(arch, records, tokenizer):
+def test_training_sees_the_pairs_as_they_are_answered(arch, tokenizer):
     """The loss of a batch of rows with one and two prompts is that from their joined caches."""
     model = small(arch, tokenizer.vocab_size)
     examples = two_step_examples(tokenizer, 2, arch)
-    batch = data.collate(examples, tokenizer.pad_id, arch)
-    loss = several_gists.pair_loss(model, batch, tokenizer.gist_id, "")
+    batch = data.collate(examples, tokenizer.pad_id)
+    loss = several_gists.pair_loss(model, batch, "")
     alone = 0.0
     for e in examples:
-        cache = several_gists.compress_apart(model, e.prompt, tokenizer.gist_id)
+        cache = several_gists.compress_apart(model, tokenizer, e)
         with torch.no_grad():
             if arch == "llama":
                 logits = model(torch.tensor([e.input + e.output[:-1]]), cache=cache)
             else:
-                target = torch.tensor([[0, *e.output[:-1]]])
-                logits = model(torch.tensor([e.input]), target, cache=cache)
+                logits = model(torch.tensor([e.input]), torch.tensor([e.output]), cache=cache)
         logits = logits[0, -len(e.output) :]
         alone += F.cross_entropy(logits, torch.tensor(e.output), reduction="sum").item()
     assert loss.item() == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.parametrize("arch", ["llama", "t5"])
-def test_a_batch_answers_from_several_gists_as_each_row_alone(arch, records, tokenizer):
+def test_a_batch_answers_from_several_gists_as_each_row_alone(arch, tokenizer):
     model = small(arch, tokenizer.vocab_size)
     examples = two_step_examples(tokenizer, 1, arch)
     together = several_gists.answer(model, tokenizer, examples, 6)
     assert together == [several_gists.answer(model, tokenizer, [e], 6)[0] for e in examples]
 
 
-def test_joined_caches_keep_their_order(tokenizer):
+def test_caches_side_by_side_keep_their_order(tokenizer):
     model = small("llama", tokenizer.vocab_size)
     a, b = (model.compress(torch.tensor([[5, word]])) for word in (6, 7))
-    both = several_gists.join([a, b])
+    both = several_gists.side_by_side([a, b])
     assert both.length == 4
     assert torch.equal(both.keys[:, :2], a.keys) and torch.equal(both.values[:, 2:], b.values)
 
@@ -409,69 +421,44 @@ def test_parts_compressed_one_after_the_other_are_those_of_one_pass(tokenizer):
     """Under `accumulate`, the gists of the first parts do not depend on the later ones."""
     model = small("llama", tokenizer.vocab_size)
     record = accumulating_gists.make_records(1, held_out=True)[0]
-    prompt = accumulating_gists.layout(record, tokenizer, "accumulate").prompt
-    ends = [i + 1 for i, token in enumerate(prompt) if token == tokenizer.gist_id]
-    keys = []
-    for end in ends:
-        row = torch.tensor([prompt[:end]])
-        everything = torch.ones_like(row, dtype=torch.bool)
-        mask = accumulating_gists.rule_mask(row, tokenizer.gist_id, everything, "accumulate")
-        at = several_gists.positions(row, tokenizer.gist_id)
-        at = torch.cat([at, at[:, -1:] + 1], dim=1)
-        cache = model.compress(row, mask=mask, positions=at, keep=row[0] == tokenizer.gist_id)
-        keys.append(cache.keys)
-    assert torch.allclose(keys[0], keys[2][:, :1], atol=1e-5)
-    assert torch.allclose(keys[1], keys[2][:, :2], atol=1e-5)
+    e = accumulating_gists.layout(record, tokenizer, "accumulate")
+    tokens, segments = eval.prompts_of([e], tokenizer)
+    masked = accumulating_gists.rule_masking(model, segments, "accumulate")
+    gists = []
+    for end in [i + 1 for i, label in enumerate(e.segments) if label == GIST]:
+        mask, at = masked["mask"][:, :, :end, :end], masked["positions"][:, :end]
+        cache = model.compress(tokens[:, :end], mask, at, keep=segments[0, :end] == GIST)
+        gists.append((cache.keys, cache.values))
+    for n in (1, 2):
+        for part, whole in zip(gists[n - 1], gists[2]):
+            assert torch.allclose(part, whole[:, :n], atol=1e-5)
 
 
-# ---- The attention sink ----
+# ---- Attention ----
 
 
-@pytest.mark.parametrize("condition", gist_mask.TABLE)
-def test_with_the_sink_the_input_sees_the_first_token_and_prompts_do_not(condition):
-    rng, bos = random.Random(0), 1
-    for _ in range(20):
-        kinds = ["first"] + ["prompt"] * rng.randint(0, 4) + ["gist"] * rng.randint(1, 3)
-        kinds += ["input"] * rng.randint(0, 4)
-        ids = {"first": bos, "gist": G}
-        tokens = torch.tensor([[ids.get(kind, rng.randrange(2, G)) for kind in kinds]])
-        with attention_sink.first_token_is_input(bos):
-            mask = gist_mask.decoder_mask(tokens, G, condition)[0, 0]
-        unseen = set()
-        if condition != "pos_control":
-            unseen = {("prompt", "first"), ("gist", "first"), ("input", "prompt")}
-        if condition == "neg_control":
-            unseen.add(("input", "gist"))
-        for q, query in enumerate(kinds):
-            for k, key in enumerate(kinds):
-                assert mask[q, k] == (k <= q and (query, key) not in unseen)
-    after = gist_mask.decoder_mask(torch.tensor([[bos, 2, G, 3]]), G)  # the usual masks are back
-    assert after[0, 0, 3].tolist() == [False, False, True, True]
-
-
-@pytest.mark.parametrize("condition", gist_mask.TABLE)
-def test_with_the_sink_a_batch_answers_from_the_cache_as_the_whole_row(
-    condition, records, tokenizer
-):
+@pytest.mark.parametrize("setting", attention_sink.SETTINGS)
+def test_the_input_s_attention_is_that_of_a_slow_sum(setting, records, tokenizer):
+    condition, see_start = attention_sink.SETTINGS[setting]
     model = small("llama", tokenizer.vocab_size)
-    gist_id = tokenizer.gist_id
-    examples = [data.layout(record, tokenizer, 2) for record in records["unseen"][:6]]
-    assert len({len(e.prompt) for e in examples}) > 1
-    with attention_sink.first_token_is_input(tokenizer.bos_id):
-        answers = eval.answer(model, tokenizer, examples, condition, 6)
-        for e, text in zip(examples, answers):
-            row, new = e.prompt + e.input, []
-            while len(new) < 6 and new[-1:] != [tokenizer.eos_id]:
-                tokens = torch.tensor([row + new])
-                mask = gist_mask.decoder_mask(tokens, gist_id, condition)
-                with torch.no_grad():
-                    logits = model(tokens, mask, gist_mask.positions(tokens, gist_id))
-                new.append(logits[0, -1].argmax().item())
-            assert text == tokenizer.decode([i for i in new if i != tokenizer.eos_id]).strip()
-        prompts = eval.pad_left([examples[0].prompt], model, tokenizer)
-        cache = eval.compress_prompts(model, *prompts, gist_id, condition)
-    kept = {"gist": 1 + 2, "pos_control": len(examples[0].prompt), "neg_control": 1}
-    assert cache.length == kept[condition]
+    e = data.layout(records["unseen"][0], tokenizer, 2, see_start=see_start)
+    batch = data.collate([e], tokenizer.pad_id)
+    layers = attention.attention_weights(model, batch["tokens"], batch["segments"], condition)
+    P, T = len(e.prompt), len(e)
+    places = [{0}, {P - 2, P - 1}, {P}]
+    measured = attention_sink.attention_of_input(model, batch, condition)
+    for weights, parts in zip(layers, measured, strict=True):
+        for place, part in zip(places, parts, strict=True):
+            seen = [
+                weights[0, h, q, k].item() for h in range(2) for q in range(P + 1, T) for k in place
+            ]
+            assert part == pytest.approx(100 * sum(seen) / (2 * (T - P - 1)), abs=1e-4)
+
+
+def test_a_gist_token_and_the_first_token_have_names_and_so_has_every_word(tokenizer):
+    e = data.layout({"instruction": "Put lamp", "input": "", "output": ""}, tokenizer, 1)
+    names = [attention.name_of(token, tokenizer) for token in e.prompt]
+    assert names[0] == "<s>" and names[-1] == "<G>" and "Instruction" in names[1]
 
 
 # ---- Long prompts ----
@@ -492,20 +479,24 @@ def test_worked_examples_obey_the_instruction_and_stand_in_the_prompt(n_shots, t
 # ---- Gist pretraining ----
 
 
-@pytest.mark.parametrize("arch", ["llama", "t5"])
-def test_pretraining_cuts_running_text_into_span_and_continuation(arch, tokenizer, tmp_path):
+@pytest.mark.parametrize("arch, see_start", [("llama", False), ("llama", True), ("t5", False)])
+def test_pretraining_cuts_running_text_into_span_and_continuation(
+    arch, see_start, tokenizer, tmp_path
+):
     text = "".join(f"line {i} of the text\n" for i in range(200))
     middle = text.index("line 90")
     (tmp_path / "a.txt").write_text(text[:middle])
     (tmp_path / "b.txt").write_text(text[middle:])
     running = [i for line in text.splitlines() for i in tokenizer.encode(line)]
     joined = " ".join(map(str, running * 3))
-    examples = gist_pretraining.text_examples(str(tmp_path), tokenizer, 2, arch, 300)
+    examples = gist_pretraining.text_examples(str(tmp_path), tokenizer, 300, 2, arch, see_start)
     assert len(examples) == 300 and len({len(e.prompt) for e in examples}) > 30
     for e in examples:
         span = [i for i in e.prompt if i not in (tokenizer.bos_id, tokenizer.gist_id)]
         assert 4 <= len(span) <= 64 and len(e.output) == 32
         assert e.prompt[-2:] == [tokenizer.gist_id] * 2
+        labels = [START if see_start else PROMPT] + [PROMPT] * (len(e.prompt) - 3) + [GIST] * 2
+        assert e.segments == labels + [INPUT] * len(e.input)
         assert " ".join(map(str, span + e.output)) in joined
 
 
@@ -513,7 +504,7 @@ def test_pretraining_cuts_running_text_into_span_and_continuation(arch, tokenize
 def test_too_little_text_is_an_error(content, tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text(content)
     with pytest.raises(data.DataError, match="text"):
-        gist_pretraining.text_examples(str(tmp_path / "a.txt"), tokenizer, 1, "llama", 10)
+        gist_pretraining.text_examples(str(tmp_path / "a.txt"), tokenizer, 10, 1, "llama", False)
 
 
 # ---- Distillation ----
@@ -528,18 +519,14 @@ def test_distillation_has_the_gradient_of_the_slow_sum_over_places_and_tokens(
     teacher.init_weights(torch.Generator().manual_seed(1))
     model, teacher = model.double(), teacher.double()
     examples = [data.layout(record, tokenizer, 2, arch) for record in records["train"][:5]]
-    gist_id = tokenizer.gist_id
 
     def logits(model, e, condition):
-        source = torch.tensor([e.prompt + e.input + (e.output if arch == "llama" else [])])
-        where = gist_mask.positions(source, gist_id)
-        if arch == "llama":
-            mask = gist_mask.decoder_mask(source, gist_id, condition)
-            return model(source, mask, where)[0, -1 - len(e.output) : -1]
-        mask = gist_mask.encoder_mask(source, gist_id, condition)
-        cross_mask = gist_mask.cross_mask(source, gist_id, condition)
-        target = torch.tensor([[model.config.start_id] + e.output[:-1]])
-        return model(source, target, mask, cross_mask, positions=where)[0]
+        output = e.output if arch == "llama" else []
+        source = torch.tensor([e.prompt + e.input + output])
+        segments = torch.tensor([e.segments + [INPUT] * len(output)])
+        masked = gist_mask.masking(model, segments, condition, target=torch.tensor([e.output]))
+        whole = model(source, **masked)[0]
+        return whole[-1 - len(e.output) : -1] if arch == "llama" else whole
 
     slow, slow_of_labels = 0.0, 0.0
     for e in examples:
@@ -550,10 +537,10 @@ def test_distillation_has_the_gradient_of_the_slow_sum_over_places_and_tokens(
     slow.backward()
     wanted = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    batch = data.collate(examples, tokenizer.pad_id, arch)
-    loss = distillation.distillation_loss(model, batch, gist_id, "gist", teacher, "pos_control")
+    batch = data.collate(examples, tokenizer.pad_id)
+    loss = distillation.distillation_loss(model, batch, "gist", teacher, "pos_control")
     loss.backward()
-    of_labels = train.batch_loss(model, batch, gist_id, "gist")
+    of_labels = train.batch_loss(model, batch, "gist")
     torch.testing.assert_close(of_labels, slow_of_labels.float())
     torch.testing.assert_close(loss, slow.float())  # the models are in fp64, their logits in fp32
     for parameter, grad in zip(model.parameters(), wanted, strict=True):
@@ -566,17 +553,16 @@ def test_distillation_has_the_gradient_of_the_slow_sum_over_places_and_tokens(
 
 def test_the_loss_from_a_cache_is_that_of_the_whole_row_and_moves_the_cache(records, tokenizer):
     model = small("llama", tokenizer.vocab_size)
-    e = data.layout(records["train"][0], tokenizer, 1)
-    gist_id = tokenizer.gist_id
-    prompt, attention_mask = data.pad([e.prompt], tokenizer.pad_id)
-    gist = eval.compress_prompts(model, prompt, attention_mask, gist_id)
-    batch = data.collate([e], tokenizer.pad_id)
-    whole = train.batch_loss(model, batch, gist_id, "gist") / len(e.output)
-    before = cartridge.cached_loss(model, gist, [e])
+    same = [record | {"instruction": "Say it."} for record in records["train"][:3]]
+    examples = [data.layout(record, tokenizer, 1) for record in same]
+    gist = eval.compress_prompts(model, *eval.prompts_of(examples[:1], tokenizer))
+    batch = data.collate(examples, tokenizer.pad_id)
+    whole = train.batch_loss(model, batch, "gist") / sum(len(e.output) for e in examples)
+    before = cartridge.cached_loss(model, gist, examples)
     assert before.item() == pytest.approx(whole.item(), rel=1e-5)
-    trained = cartridge.train_cartridge(model, gist, [e], steps=20, lr=0.05)
-    assert cartridge.cached_loss(model, trained, [e]) < before
-    assert torch.equal(trained.positions, gist.positions)
+    trained = cartridge.train_cartridge(model, gist, examples, steps=20, lr=0.05)
+    assert cartridge.cached_loss(model, trained, examples) < before
+    assert torch.equal(trained.segments, gist.segments)
 
 
 @pytest.mark.parametrize("n_gist", [0, 2])
@@ -592,12 +578,14 @@ def test_draw_masks_writes_a_picture(n_gist, tmp_path):
 @pytest.mark.parametrize("arch", ["llama", "t5"])
 def test_a_gist_comes_back_from_its_file_in_any_dtype(arch, tmp_path):
     model, file = small(arch, 30), tmp_path / "a.gist"
-    gist = eval.compress_prompts(model, torch.tensor([[3, 4, 5, G], [6, 7, 8, G]]), None, G)
+    tokens = torch.tensor([[3, 4, 5, G], [6, 7, 8, G]])
+    gist = eval.compress_prompts(model, tokens, gist_mask.segments(tokens, G))
     gist_library.save_gist(file, gist, model, "Say é.")
     again, instruction = gist_library.load_gist(file, model)
     assert instruction == "Say é."
     for name, value in vars(gist).items():
-        assert torch.equal(value, vars(again)[name])
+        loaded = vars(again)[name]
+        assert loaded is None if value is None else torch.equal(value, loaded)
     again, _ = gist_library.load_gist(file, model.bfloat16())
     assert again.keys.dtype == again.values.dtype == torch.bfloat16
     model.generate(torch.tensor([[3], [4]]), cache=again, max_new_tokens=2)
@@ -617,6 +605,13 @@ def test_a_gist_of_another_model_and_half_a_file_are_refused(tmp_path):
         gist_library.load_gist(file, model)
 
 
+def test_an_empty_instruction_is_no_gist(make_run, monkeypatch, tmp_path):
+    flags = [make_run("llama"), tmp_path / "a.gist", "--instruction", ""]
+    monkeypatch.setattr(sys, "argv", ["gist_library", *map(str, flags)])
+    with pytest.raises(data.DataError, match="empty"):
+        gist_library.main()
+
+
 def test_gist_library_answers_from_the_file_as_from_the_prompt(make_run, tokenizer, tmp_path):
     folder, file = make_run("llama"), tmp_path / "lamp.gist"
     text = "Put lamp at the front."
@@ -624,7 +619,229 @@ def test_gist_library_answers_from_the_file_as_from_the_prompt(make_run, tokeniz
     used = run("gist_library", folder, file, "--input", "fox cup")
     assert made.splitlines()[1:] == used.splitlines() and text in used
     model, tokenizer, config = eval.open_run(str(folder))
-    record = {"instruction": text, "input": "fox cup", "output": ""}
-    e = data.layout(record, tokenizer, config["n_gist"], config["arch"])
+    e = eval.lay_out(text, "fox cup", tokenizer, config)
     answers = eval.answer(model, tokenizer, [e], config["condition"], 64)
     assert used.partition("\n")[2].strip() == f"fox cup -> {answers[0]}"
+
+
+# ---- The whole method in one file ----
+
+
+def test_micro_imports_only_torch_and_the_standard_library():
+    tree = ast.parse((ROOT / "tests" / "exercises" / "micro.py").read_text(encoding="utf-8"))
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            names.append(node.module)
+    assert sorted(names) == ["random", "torch", "torch"]
+
+
+@pytest.mark.parametrize("condition", ["gist", "pos_control", "neg_control"])
+def test_micro_masks_are_those_of_the_paper(condition):
+    segments = ["prompt"] * 3 + ["gist"] + ["input"] * 11
+    hidden = {"gist": ["prompt"], "pos_control": [], "neg_control": ["prompt", "gist"]}[condition]
+    mask = micro.gist_mask(condition)
+    assert mask.shape == (15, 15)
+    for query in range(15):
+        for key in range(15):
+            is_hidden = segments[query] == "input" and segments[key] in hidden
+            assert mask[query, key] == (key <= query and not is_hidden)
+
+
+def test_micro_outputs_are_what_the_instructions_ask_for():
+    patterns = {"front": "xyabcd", "back": "abcdxy", "ends": "xabcdy", "middle": "abxycd"}
+    instructions = [(kind, x, y) for kind in patterns for x, y in ("ab", "ca", "pp")]
+    for row in micro.make_rows(instructions, 200, random.Random(0)):
+        kind, x, y, gist, a, b, c, d, equals, *output = [micro.VOCABULARY[token] for token in row]
+        letters = {"x": x, "y": y, "a": a, "b": b, "c": c, "d": d}
+        assert output == [letters[name] for name in patterns[kind]]
+        assert (gist, equals) == ("G", "=")
+
+
+def test_micro_gives_the_same_logits_from_one_cached_gist_as_from_whole_rows():
+    torch.manual_seed(0)
+    model = micro.Transformer().requires_grad_(False)
+    rows = torch.randint(len(micro.VOCABULARY), (5, micro.END))
+    rows[:, : micro.INPUT] = rows[0, : micro.INPUT]  # one prompt, five inputs
+    mask = micro.gist_mask("gist")
+    whole, _ = model(rows, torch.arange(15), mask)
+    gist = micro.compress(model, rows[:1, : micro.INPUT])
+    assert [column.shape for column in gist] == [(1, 1, 128)] * 2
+    cached, _ = model(rows[:, 4:], torch.arange(4, 15), mask[4:, 3:], gist)
+    torch.testing.assert_close(cached, whole[:, 4:])
+
+
+def test_micro_answers_token_by_token_what_the_model_finds_likeliest():
+    torch.manual_seed(0)
+    model = micro.Transformer().requires_grad_(False)
+    tokens = torch.randint(len(micro.VOCABULARY), (3, micro.OUTPUT))
+    for condition in micro.HIDDEN:
+        row = torch.cat([tokens, micro.answer(model, tokens, condition)], dim=1)
+        logits, _ = model(row, torch.arange(15), micro.gist_mask(condition))
+        assert torch.equal(logits[:, 8:14].argmax(dim=2), row[:, 9:])
+    gists = micro.compress(model, tokens[:, : micro.INPUT])
+    from_gists = micro.answer(model, tokens[:, micro.INPUT :], "gist", gists)
+    assert torch.equal(from_gists, micro.answer(model, tokens, "gist"))
+
+
+def test_micro_runs(capsys):
+    micro.main(steps=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["neg_control", "pos_control", "gist"]
+    assert lines[3].endswith("True") and len(lines[4].split()) == micro.END
+
+
+def test_micro_trains_to_the_same_weights_every_time():
+    rows = micro.make_rows([("ends", "a", "b")], 20, random.Random(0))
+    first, second = (micro.train("gist", rows, 2).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_micro_learns_one_instruction_in_a_few_steps():
+    rows = micro.make_rows([("ends", "a", "b")], 1_000, random.Random(0))
+    model = micro.train("neg_control", rows, 60)  # one instruction needs no prompt
+    right = micro.answer(model, rows[:, : micro.OUTPUT], "neg_control") == rows[:, micro.OUTPUT :]
+    assert right[:, [0, 5]].all() and right.float().mean() > 0.5
+
+
+# ---- Facts ----
+
+
+def test_a_record_of_facts_asks_for_one_of_them():
+    rng = random.Random(0)
+    for n in (1, 2, 8):
+        record = where_one_token_fails.make_record(n, rng)
+        facts = [fact.split() for fact in record["instruction"].split(", ")]
+        assert len(facts) == n and facts[record["place"]] == [record["input"], record["output"]]
+        assert len(dict(facts)) == n  # no name twice
+
+
+def test_percentages_of_facts_are_those_of_their_group():
+    places = {1: [0], 2: [0, 1], 4: [0, 1, 2, 3]}
+    tests = [{"n_facts": n, "place": place} for n, some in places.items() for place in some]
+    right = [True, False, True, False, True, False, True]
+    assert where_one_token_fails.by_number(right, tests) == {1: 100, 2: 50, 4: 50}
+    assert where_one_token_fails.by_place(right, tests) == {"first": 0, "middle": 50, "last": 100}
+
+
+def test_where_one_token_fails_runs_and_draws(tmp_path):
+    picture = tmp_path / "facts.png"
+    flags = ("--n_gist", 1, 2, "--max_facts", 3, *SHORT, "--n_test", 4, "--out", picture)
+    lines = run("where_one_token_fails", *flags).splitlines()
+    assert [line.split(" 1: ")[0] for line in lines] == [
+        "gist, 1 tokens",
+        "gist, 2 tokens",
+        "pos_control",
+    ]
+    assert picture.stat().st_size > 5000
+
+
+# ---- Only the gist is trained ----
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_gist_embedding_only_moves_one_row_and_nothing_else(arch, records, tokenizer):
+    model = small(arch, tokenizer.vocab_size)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    examples, _ = data.make_examples(records["train"][:20], tokenizer, 1, arch)
+    gist_embedding_only.train_under_gist_mask(model, tokenizer, examples, True, 2, 8, 0.01)
+    moved = {}
+    for name, weight in model.state_dict().items():
+        if not torch.equal(weight, before[name]):
+            moved[name] = (weight != before[name]).any(dim=1).nonzero().flatten().tolist()
+    assert moved == {"embedding.weight": [tokenizer.gist_id]}
+
+
+def test_gist_embedding_only_runs(make_run):
+    flags = ("--steps", 2, "--batch_size", 4, "--n_train", 100, "--n_test", 5)
+    lines = run("gist_embedding_only", make_run("llama", "pos_control"), *flags).splitlines()
+    results = [line.split("  ")[0] for line in lines if "right" in line]
+    assert results == ["as it was"] * 3 + ["gist's embedding trained", "all weights trained"]
+
+
+@pytest.fixture
+def lora(tokenizer):
+    """A frozen model, and the same with a change that is not 0 for gist tokens."""
+    frozen = small("llama", tokenizer.vocab_size)
+    model = gist_lora.GistLora(frozen, tokenizer.gist_id, rank=3).eval()
+    for part in model.changed:
+        torch.nn.init.normal_(part.b.weight, std=0.5)
+    return frozen, model
+
+
+@torch.no_grad()
+def test_gist_lora_changes_what_follows_a_gist_and_no_other_text(lora, tokenizer):
+    frozen, model = lora
+    text = torch.randint(tokenizer.gist_id, (2, 9))
+    assert torch.equal(model(text), frozen(text))
+    text[:, 4] = tokenizer.gist_id
+    assert torch.equal(model(text)[:, :4], frozen(text)[:, :4])
+    assert ((model(text) - frozen(text)).abs().amax(dim=2) > 1e-3)[:, 4:].all()
+
+
+def test_gist_lora_begins_as_the_model_and_trains_nothing_of_it(records, tokenizer):
+    frozen = small("llama", tokenizer.vocab_size)
+    model = gist_lora.GistLora(frozen, tokenizer.gist_id, rank=3)
+    text = torch.tensor([[5, 6, tokenizer.gist_id, 7]])
+    assert torch.equal(model(text), frozen(text))
+    examples, _ = data.make_examples(records["train"][:20], tokenizer, 1)
+    config = train.fill_in(train.Config(max_steps=2, optimizer="adamw", device="cpu"))
+    train.fit(model, tokenizer, examples, config)
+    # In the last layer, nothing goes on from a gist but its keys and values.
+    moved = [part.b.weight.any().item() for part in model.changed]
+    assert moved == [True, True, True, True] + [False, True, True, False]
+    for name, weight in frozen.state_dict().items():
+        after = model.state_dict()
+        assert torch.equal(weight, after[name] if name in after else after[in_lora(name)])
+
+
+def in_lora(name):
+    """Where a projection's own weights are: wq.weight becomes wq.frozen.weight."""
+    return name.replace(".weight", ".frozen.weight")
+
+
+def test_gist_lora_answers_from_a_cached_gist_as_from_the_whole_row(lora, records, tokenizer):
+    _, model = lora
+    examples, _ = data.make_examples(records["train"][:5], tokenizer, 2)
+    cache = eval.compress_prompts(model, *eval.prompts_of(examples, tokenizer))
+    whole = eval.answer(model, tokenizer, examples, "gist", 8)
+    assert eval.answer(model, tokenizer, examples, "gist", 8, cache) == whole
+
+
+def test_gist_lora_runs(make_run):
+    flags = ("--rank", 2, "--max_steps", 2, "--n_train", 100, "--n_test", 5)
+    text = run("gist_lora", make_run("llama", "pos_control"), *flags)
+    assert "LoRA of rank 2" in text and text.splitlines()[-1].endswith("True")
+
+
+def test_keywords_are_the_words_of_the_highest_tfidf():
+    """Against a slow count: words of the training instructions are common, others rarest."""
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices("abcdefgh", k=6)) for _ in range(60)]
+    train, given = set(texts[:40]), texts[40:] + ["a new word, a NEW one", "?!"]
+
+    def idf(word):
+        have = sum(word in text.split() for text in train)
+        return math.log(len(train) / have) if have else math.inf
+
+    rarest = max(idf(word) for text in train for word in text.split())
+    for n in (1, 2, 5):
+        for text in given:
+            words = re.findall(r"\w+", text.lower())
+            score = {word: words.count(word) * min(idf(word), rarest) for word in words}
+            kept = keywords.keywords(text, keywords.inverse_frequencies(train), n).split()
+            assert len(kept) == min(n, len(score)) and kept == sorted(kept, key=words.index)
+            least = min([score[word] for word in kept], default=0)
+            assert all(score[word] <= least for word in score.keys() - set(kept))
+
+
+def test_keywords_writes_a_data_set_like_the_one_that_it_reads(folder, tmp_path):
+    run("keywords", "--data", folder, "--n", 2, "--out", tmp_path / "short")
+    whole, short = map(data.load_instructions, (str(folder), str(tmp_path / "short")))
+    for split, records in whole.items():
+        assert len(short[split]) == len(records)
+        for before, after in zip(records, short[split]):
+            assert len(after["instruction"].split()) == 2
+            assert (before["input"], before["output"]) == (after["input"], after["output"])

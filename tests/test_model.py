@@ -1,4 +1,5 @@
-"""The decoder: attention, positions, loss and generation against slow or independent ways to the same numbers."""
+"""The decoder: attention, positions, caches and generation against slow or independent ways to the
+same numbers."""
 
 import math
 
@@ -6,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gist_mask import cross_mask, decoder_mask, positions
+import data
+import gist_mask
+from eval import compress_prompts
+from gist_mask import decoder_mask, masking
 from model import (
-    IGNORE_INDEX,
     LLAMA3_SCALING,
     Cache,
     Linear,
@@ -19,22 +22,13 @@ from model import (
     rotate,
 )
 
-GIST, PAD, EOS = 30, 0, 1
+GIST, EOS, VOCAB = 30, 1, 31
 
 
 def make_model(n_kv_heads=2, seed=0, **changes):
-    config = LlamaConfig(
-        vocab_size=31,
-        d_model=32,
-        n_layers=3,
-        n_heads=4,
-        n_kv_heads=n_kv_heads,
-        head_dim=8,
-        d_ff=48,
-        tie_embeddings=changes.pop("tie_embeddings", False),
-        **changes,
-    )
-    model = Llama(config)
+    shape = dict(vocab_size=VOCAB, d_model=32, n_layers=3, n_heads=4, head_dim=8, d_ff=48)
+    shape |= dict(n_kv_heads=n_kv_heads, tie_embeddings=False)
+    model = Llama(LlamaConfig(**shape | changes))
     model.init_weights(torch.Generator().manual_seed(seed))
     return model.eval()
 
@@ -42,60 +36,46 @@ def make_model(n_kv_heads=2, seed=0, **changes):
 def random_rows(seed, low=1, high=8, n=4):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(low, high, (n,), generator=generator).tolist()
-    return [torch.randint(2, 30, (length,), generator=generator).tolist() for length in lengths]
+    return [torch.randint(2, GIST, (length,), generator=generator).tolist() for length in lengths]
 
 
-def padded(rows):
-    """Rows as (tokens, attention_mask), padded on the left."""
-    T = max(map(len, rows))
-    tokens = torch.tensor([[PAD] * (T - len(row)) + row for row in rows])
-    attention_mask = torch.tensor([[False] * (T - len(row)) + [True] * len(row) for row in rows])
-    return tokens, attention_mask
+def batch(rows, side="left"):
+    """Rows of different lengths: tokens and segments."""
+    labels = [gist_mask.segments(torch.tensor([row]), GIST)[0].tolist() for row in rows]
+    return data.pad(rows, side=side), data.pad(labels, side=side)
 
 
-def compress(model, prompts, keep_all=False):
-    """Prompts as the gist mask reads them; of every cache, what the input sees, or everything."""
-    tokens, attention_mask = padded(prompts)
-    mask = decoder_mask(tokens, GIST, "gist", attention_mask)
-    there = positions(F.pad(tokens, (0, 1)), GIST)
-    keep = cross_mask(tokens, GIST, "gist", attention_mask)[:, 0, 0].any(dim=0)
-    return model.compress(tokens, attention_mask, mask, there, None if keep_all else keep)
+def same(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+# ---- The equations ----
 
 
 def slow_forward(model, row, mask):
-    """The equations of the model, one token and one head at a time. row: list of ids; mask: (T, T) bool. Returns (T, V)."""
+    """The equations of the model, one token and one head at a time. mask: (T, T) bool. Returns (T, V)."""
     c = model.config
     x = model.embedding.weight[row]
     norm = lambda x, n: x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * n.weight
 
     def turn(v, position):  # each pair (v[i], v[i + K/2]) as a complex number
         angle = position * c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
-        z = torch.complex(v[: c.head_dim // 2], v[c.head_dim // 2 :]) * torch.polar(
-            torch.ones_like(angle), angle
-        )
+        z = torch.complex(*v.chunk(2)) * torch.polar(torch.ones_like(angle), angle)
         return torch.cat([z.real, z.imag])
 
     for layer in model.layers:
         h, a, f = norm(x, layer.attention_norm), layer.attention, layer.feed_forward
         heads = torch.zeros(len(row), c.n_heads, c.head_dim)
         for head in range(c.n_heads):
+            wq = a.wq.weight.split(c.head_dim)[head]
             group = head // (c.n_heads // c.n_kv_heads)
-            cut, kv_cut = (
-                slice(head * c.head_dim, (head + 1) * c.head_dim),
-                slice(group * c.head_dim, (group + 1) * c.head_dim),
-            )
+            wk, wv = a.wk.weight.split(c.head_dim)[group], a.wv.weight.split(c.head_dim)[group]
             for q in range(len(row)):
                 keys = [k for k in range(len(row)) if mask[q, k]]
-                query = turn(a.wq.weight[cut] @ h[q], q)
-                scores = torch.stack(
-                    [
-                        query @ turn(a.wk.weight[kv_cut] @ h[k], k) / math.sqrt(c.head_dim)
-                        for k in keys
-                    ]
-                )
-                heads[q, head] = scores.softmax(0) @ torch.stack(
-                    [a.wv.weight[kv_cut] @ h[k] for k in keys]
-                )
+                query = turn(wq @ h[q], q)
+                scores = [query @ turn(wk @ h[k], k) / math.sqrt(c.head_dim) for k in keys]
+                values = torch.stack([wv @ h[k] for k in keys])
+                heads[q, head] = torch.stack(scores).softmax(0) @ values
         x = x + heads.flatten(1) @ a.wo.weight.T
         h = norm(x, layer.ffn_norm)
         x = x + (F.silu(h @ f.w1.weight.T) * (h @ f.w3.weight.T)) @ f.w2.weight.T
@@ -109,48 +89,82 @@ def slow_forward(model, row, mask):
 def test_logits_are_those_of_the_equations(n_kv_heads, tie):
     model = make_model(n_kv_heads, tie_embeddings=tie)
     row = random_rows(n_kv_heads, 6, 9, 1)[0] + [GIST, 5, 6]
-    tokens = torch.tensor([row])
-    for mask in (torch.ones(len(row), len(row)).tril().bool(), decoder_mask(tokens, GIST)[0, 0]):
-        torch.testing.assert_close(
-            model(tokens, mask[None, None])[0], slow_forward(model, row, mask), atol=1e-4, rtol=1e-4
-        )
-    torch.testing.assert_close(
-        model(tokens), model(tokens, torch.ones(1, 1, len(row), len(row)).tril().bool())
-    )
+    tokens, segments = batch([row])
+    causal = torch.ones(len(row), len(row), dtype=torch.bool).tril()
+    same(model(tokens)[0], slow_forward(model, row, causal))
+    mask = decoder_mask(segments)
+    same(model(tokens, mask)[0], slow_forward(model, row, mask[0, 0]))
 
 
 @torch.no_grad()
 def test_logits_do_not_depend_on_where_positions_begin():
     model, tokens = make_model(), torch.tensor(random_rows(1, 9, 10, 3))
-    there = torch.arange(9).expand(3, -1)
     for shift in (-700, -5, 40):
-        torch.testing.assert_close(
-            model(tokens, positions=there + shift), model(tokens), atol=1e-4, rtol=1e-4
-        )
+        same(model(tokens, positions=torch.arange(9).expand(3, -1) + shift), model(tokens))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("condition", ["neg_control", "gist"])
-def test_the_input_does_not_depend_on_the_prompt_but_through_the_gist(condition):
-    """neg_control: not at all. gist: not if the gist's columns of the cache are held fixed."""
-    model, n_gist = make_model(), 2
-    for seed in range(5):
-        prompt, other, given = (random_rows(seed * 3 + i, 5, 6, 1)[0] for i in range(3))
-        one, two = (torch.tensor([p + [GIST] * n_gist + given]) for p in (prompt, other))
-        mask, there = decoder_mask(one, GIST, condition), positions(one, GIST)
-        if condition == "neg_control":
-            a, b = (model(tokens, mask, there)[:, -5:] for tokens in (one, two))
-        else:
-            gist = compress(model, [prompt + [GIST] * n_gist])
-            sees = decoder_mask(torch.tensor([[GIST] * n_gist + given]), GIST)[:, :, -5:]
-            a = model(one, mask, there)[:, -5:]
-            b = model(
-                two[:, -5:], sees, there[:, -5:], gist
-            )  # nothing but the first prompt's gist is left of it
-            assert not torch.allclose(
-                model(two, mask, there)[:, -5:], a, atol=1e-4
-            )  # the gist did matter
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("condition", gist_mask.TABLE)
+def test_a_padded_batch_gives_the_logits_of_its_rows(side, condition):
+    model, prompts, inputs = make_model(), random_rows(1), random_rows(2)
+    rows = [prompt + [GIST] * n + input for n, (prompt, input) in enumerate(zip(prompts, inputs))]
+    tokens, segments = batch(rows, side)
+    together = model(tokens, **masking(model, segments, condition))
+    for b, row in enumerate(rows):
+        alone, labels = batch([row])
+        alone = model(alone, decoder_mask(labels, condition))[0]
+        same(together[b][segments[b] != gist_mask.PADDING], alone)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tie", [False, True])
+def test_where_gives_the_logits_of_those_places_and_of_no_others(tie, monkeypatch):
+    model, tokens = make_model(tie_embeddings=tie), torch.tensor(random_rows(3, 9, 10, 4))
+    where = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    logits = model(tokens)
+    expected = [logits[b, t] for b in range(4) for t in range(9) if where[b, t]]
+    head, seen = model.logits, []
+    monkeypatch.setattr(model, "logits", lambda x: seen.append(x.shape) or head(x))
+    same(model(tokens, where=where), torch.stack(expected))
+    assert seen == [(len(expected), 32)]
+    assert model(tokens, where=torch.zeros_like(where)).shape == (0, VOCAB)
+
+
+# ---- Prompts, gists and caches ----
+
+
+@torch.no_grad()
+def test_under_neg_control_the_input_does_not_depend_on_the_prompt():
+    model, (one, two, input) = make_model(), random_rows(0, 5, 6, 3)
+    tokens, segments = batch([row + [GIST, GIST] + input for row in (one, two)])
+    logits = model(tokens, **masking(model, segments, "neg_control"))[:, -5:]
+    same(logits[0], logits[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_gist", [1, 3])
+def test_the_input_depends_on_the_prompt_but_through_the_gist_alone(n_gist):
+    """With the gist's columns alone, its logits are those of the whole row; other prompts give others."""
+    model, (one, two, input) = make_model(), random_rows(0, 5, 6, 3)
+    tokens, segments = batch([row + [GIST] * n_gist + input for row in (one, two)])
+    whole = model(tokens, **masking(model, segments))[:, -5:]
+    cache = compress_prompts(model, tokens[:, :-5], segments[:, :-5])
+    assert cache.length == n_gist
+    masked = masking(model, segments[:, -5:], cache=cache)
+    same(model(tokens[:, -5:], **masked, cache=cache), whole)
+    assert not torch.allclose(whole[0], whole[1], atol=1e-2)
+
+
+@torch.no_grad()
+def test_a_prompt_ends_at_minus_1_and_what_follows_its_cache_begins_at_0():
+    model, tokens = make_model(), torch.tensor(random_rows(4, 9, 10, 2))
+    cache = model.compress(tokens[:, :6])
+    same(model(tokens[:, 6:], cache=cache), model(tokens)[:, 6:])
+    explicit = model.compress(tokens[:, :6], positions=torch.arange(-6, 0)[None])
+    assert torch.equal(cache.keys, explicit.keys)
+    elsewhere = model.compress(tokens[:, :6], positions=torch.arange(6)[None])
+    assert not torch.allclose(cache.keys, elsewhere.keys, atol=1e-2)
 
 
 @torch.no_grad()
@@ -158,7 +172,9 @@ def test_the_input_does_not_depend_on_the_prompt_but_through_the_gist(condition)
 def test_cached_generation_gives_the_tokens_of_uncached(seed):
     """Ragged rows against the argmax of a whole forward pass a token, one row at a time."""
     model, rows = make_model(seed=seed), random_rows(seed)
-    answers = model.generate(*padded(rows), max_new_tokens=12, eos_id=EOS)
+    tokens, segments = batch(rows)
+    masked = masking(model, segments, n_new=12)
+    answers = model.generate(tokens, **masked, max_new_tokens=12, eos_id=EOS)
     for row, answer in zip(rows, answers):
         expected = []
         while len(expected) < 12:
@@ -169,51 +185,39 @@ def test_cached_generation_gives_the_tokens_of_uncached(seed):
         assert answer == expected
 
 
-def test_rows_padded_on_the_right_are_refused():
-    with pytest.raises(AssertionError, match="left"):
-        make_model().generate(torch.tensor([[5, PAD]]), torch.tensor([[True, False]]))
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("n_gist", [1, 2, 5, 10])
-@pytest.mark.parametrize("keep_all", [False, True])
-def test_answers_from_a_compressed_prompt_are_those_of_the_whole_sequence(n_gist, keep_all):
-    """Prompts and inputs of different lengths. keep_all is the uncached pos_control."""
-    condition = "pos_control" if keep_all else "gist"
+@pytest.mark.parametrize("condition", gist_mask.TABLE)
+def test_answers_from_a_compressed_prompt_are_those_of_the_whole_sequence(n_gist, condition):
     for seed in range(4):
         model, inputs = make_model(seed=seed), random_rows(seed + 50)
         prompts = [row + [GIST] * n_gist for row in random_rows(seed)]
-        cache = compress(model, prompts, keep_all)
-        assert cache.length == (max(map(len, prompts)) if keep_all else n_gist)
-        before = cache.keys.clone()
-        answers = model.generate(*padded(inputs), cache=cache, max_new_tokens=10, eos_id=EOS)
-        assert torch.equal(cache.keys, before)  # it can be used again
-        tokens, attention_mask = padded([p + i for p, i in zip(prompts, inputs)])
-        mask = decoder_mask(
-            F.pad(tokens, (0, 10)), GIST, condition, F.pad(attention_mask, (0, 10), value=True)
-        )
-        there = positions(F.pad(tokens, (0, 10)), GIST)
-        assert (
-            model.generate(tokens, attention_mask, mask, there, max_new_tokens=10, eos_id=EOS)
-            == answers
-        )
+        tokens, segments = batch([p + i for p, i in zip(prompts, inputs)])
+        masked = masking(model, segments, condition, n_new=10)
+        whole = model.generate(tokens, **masked, max_new_tokens=10, eos_id=EOS)
+        cache = compress_prompts(model, *batch(prompts), condition)
+        columns = {"gist": n_gist, "pos_control": max(map(len, prompts)), "neg_control": 0}
+        assert cache.length == columns[condition]
+        before = cache.change(torch.clone)
+        tokens, segments = batch(inputs)
+        masked = masking(model, segments, condition, cache, n_new=10)
+        answers = model.generate(tokens, **masked, cache=cache, max_new_tokens=10, eos_id=EOS)
+        assert answers == whole
+        assert torch.equal(cache.keys, before.keys) and torch.equal(cache.values, before.values)
 
 
 @torch.no_grad()
 def test_rows_that_end_in_a_gist_token_are_answered_as_the_mask_says():
-    """No input: new tokens see the gist, not the prompt, in one pass as from the cache."""
-    model = make_model(seed=3)
-    prompts = [row + [GIST] for row in random_rows(3)]
-    tokens, attention_mask = padded(prompts)
-    mask = decoder_mask(
-        F.pad(tokens, (0, 6)), GIST, "gist", F.pad(attention_mask, (0, 6), value=True)
-    )
-    answers = model.generate(tokens, attention_mask, mask, max_new_tokens=6)
-    for row, answer in zip(prompts, answers):
+    """No input: new tokens see the gist, not the prompt."""
+    model, prompts = make_model(seed=3), [row + [GIST] for row in random_rows(3)]
+    tokens, segments = batch(prompts)
+    masked = masking(model, segments, n_new=6)
+    for row, answer in zip(prompts, model.generate(tokens, **masked, max_new_tokens=6)):
         for n in range(6):
-            whole = torch.tensor([row + answer[:n]])
-            mask = decoder_mask(torch.tensor([row + [PAD] * n]), GIST)
-            assert int(model(whole, mask)[0, -1].argmax()) == answer[n]
+            labels = torch.tensor([[gist_mask.PROMPT] * (len(row) - 1) + [gist_mask.GIST]])
+            mask = decoder_mask(F.pad(labels, (0, n), value=gist_mask.INPUT))
+            logits = model(torch.tensor([row + answer[:n]]), mask)
+            assert int(logits[0, -1].argmax()) == answer[n]
 
 
 @torch.no_grad()
@@ -222,7 +226,7 @@ def test_generation_stops_when_all_rows_have_ended(monkeypatch):
     hidden = model.hidden
     monkeypatch.setattr(model, "hidden", lambda *a, **k: calls.append(1) or hidden(*a, **k))
     next_tokens = iter([[5, 6], [EOS, 7], [8, EOS], [9, 9]])
-    one_hot = lambda *a: F.one_hot(torch.tensor(next(next_tokens)), 31)
+    one_hot = lambda *a: F.one_hot(torch.tensor(next(next_tokens)), VOCAB)
     monkeypatch.setattr(model, "logits", one_hot)
     assert model.generate(torch.tensor([[3], [4]]), max_new_tokens=50, eos_id=EOS) == [[5], [6, 7]]
     assert len(calls) == 3
@@ -231,38 +235,94 @@ def test_generation_stops_when_all_rows_have_ended(monkeypatch):
 
 
 def test_gradients_reach_a_cache():
+    """Of one row, from a batch: into the keys and values of every layer."""
     model = make_model()
-    cache = compress(model, [[5, 6, GIST]])
+    cache = model.compress(torch.tensor([[5, 6, GIST]]))
     cache.keys.requires_grad_()
-    model(torch.tensor([[7, 8]]), cache=cache).sum().backward()
-    assert cache.keys.grad.abs().sum(dim=(0, 1, 3, 4)).gt(0).all()  # in every layer
+    cache.values.requires_grad_()
+    model(torch.tensor([[7, 8], [9, 5]]), cache=cache).sum().backward()
+    for x in (cache.keys, cache.values):
+        assert x.grad.abs().sum(dim=(0, 1, 3, 4)).gt(0).all()
 
 
-def test_label_logits_are_those_of_the_labels_and_no_others(monkeypatch):
-    model, seen = make_model(), []
-    tokens = torch.tensor(random_rows(3, 9, 10, 4))
-    targets = torch.where(
-        torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) < 0.3,
-        tokens,
-        IGNORE_INDEX,
+@torch.no_grad()
+@pytest.mark.parametrize("condition", ["gist", "pos_control"])
+def test_caches_are_the_same_together_or_one_at_a_time_joined_picked_and_mixed(condition):
+    model, prompts = make_model(), [row + [GIST, GIST] for row in random_rows(7, 1, 9, 5)]
+    tokens, segments = batch(random_rows(8, 1, 6, 5))
+
+    def answers(cache, rows=slice(None)):
+        masked = masking(model, segments[rows], condition, cache, n_new=8)
+        return model.generate(tokens[rows], **masked, cache=cache, max_new_tokens=8)
+
+    together = compress_prompts(model, *batch(prompts), condition)
+    alone = [compress_prompts(model, *batch([row]), condition) for row in prompts]
+    joined = Cache.cat(alone)
+    assert answers(together) == answers(joined)
+    order = [3, 0, 0, 4, 2]
+    mixed = Cache.cat([alone[i] for i in order])
+    assert answers(together[order]) == answers(mixed) == answers(joined[torch.tensor(order)])
+    assert answers(together[1:3], slice(1, 3)) == answers(together)[1:3]
+    # keys and values, layers, heads, width, fp32
+    assert together[[2]].nbytes == 2 * 3 * 2 * 8 * 4 * together.length
+
+
+@torch.no_grad()
+def test_a_cache_of_one_row_answers_a_batch_without_copies():
+    model, (prompt,) = make_model(), random_rows(1, 5, 6, 1)
+    cache = compress_prompts(model, *batch([prompt + [GIST]]), "pos_control")
+    tokens, segments = batch(random_rows(2))
+    one, copies = (
+        model(tokens, **masking(model, segments, "pos_control", some), cache=some)
+        for some in (cache, Cache.cat([cache] * 4))
     )
-    with torch.no_grad():
-        logits = model(tokens)
-    expected = [logits[b, t] for b in range(4) for t in range(9) if targets[b, t] != IGNORE_INDEX]
-    model.output.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    logits, labels = model.label_logits(tokens, targets)
-    torch.testing.assert_close(logits, torch.stack(expected))
-    assert labels.tolist() == [t for t in targets.flatten().tolist() if t != IGNORE_INDEX]
-    assert seen == [(int((targets != IGNORE_INDEX).sum()), 31)]
+    same(one, copies)
+    for own, expanded in zip(vars(cache).values(), vars(cache.expand(4)).values()):
+        assert own is None or (len(expanded) == 4 and expanded.data_ptr() == own.data_ptr())
+        assert own is None or expanded.stride(0) == 0
+
+
+def test_a_cache_of_another_number_of_rows_is_refused_with_what_to_do():
+    model, tokens = make_model(), torch.tensor([[5], [6], [7]])
+    cache = model.compress(torch.tensor([[5, 6], [7, 8]]))
+    for use in (model, model.generate):
+        with pytest.raises(ValueError, match="2 prompts .* 3 inputs: give one prompt for all"):
+            use(tokens, cache=cache)
+
+
+@torch.no_grad()
+def test_selected_columns_are_those_that_a_mask_leaves():
+    model, tokens = make_model(), torch.tensor(random_rows(5, 9, 10, 2))
+    keep = torch.tensor([True, False, True, True, False, True])
+    mask = torch.ones(9, 9, dtype=torch.bool).tril()
+    mask[6:, :6] &= keep
+    cache = model.compress(tokens[:, :6], keep=keep)
+    assert cache.length == 4
+    same(model(tokens[:, 6:], cache=cache), model(tokens, mask[None, None])[:, 6:])
+    assert torch.equal(model.compress(tokens[:, :6]).select(keep).keys, cache.keys)
+
+
+@torch.no_grad()
+def test_caches_of_different_lengths_are_joined_if_segments_hide_the_padding():
+    model = make_model()
+    short, long = (model.compress(torch.tensor([row])) for row in ([5, 6], [5, 6, 7]))
+    assert torch.equal(Cache.cat([long, long]).keys, torch.cat([long.keys, long.keys]))
+    with pytest.raises(ValueError, match="different lengths need segments"):
+        Cache.cat([short, long])
+    for cache in (short, long):
+        cache.segments = torch.full((1, cache.length), gist_mask.PROMPT)
+    joined = Cache.cat([short, long])
+    assert joined.segments.tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert torch.equal(joined[:1].select(torch.tensor([True, True, False])).keys, short.keys)
+
+
+# ---- Small parts, and shapes ----
 
 
 def test_llama3_scaling_stretches_long_waves_and_keeps_short_ones():
     """Against the published rule, wave by wave (Llama 3.1: factor 8, 1 to 4 turns within 8192 positions)."""
-    s = dict(
-        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
-    )
     plain = LlamaConfig(head_dim=128, rope_theta=500_000.0)
-    scaled = LlamaConfig(head_dim=128, rope_theta=500_000.0, rope_scaling=s)
+    scaled = LlamaConfig(head_dim=128, rope_theta=500_000.0, rope_scaling=LLAMA3_SCALING)
     for before, after in zip(rope_frequencies(plain).tolist(), rope_frequencies(scaled).tolist()):
         wave = 2 * math.pi / before
         if wave < 8192 / 4:
@@ -279,7 +339,7 @@ def test_rotary_scaling_is_read_from_every_layout():
     old = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
     old |= dict(intermediate_size=8, rope_theta=500_000.0)
     numbers = {key: LLAMA3_SCALING[key] for key in LLAMA3_SCALING if key != "rope_type"}
-    meta = dict(dim=32, n_layers=1, n_heads=2, norm_eps=1e-6, rope_theta=500_000.0)
+    meta = dict(dim=4096, n_layers=32, n_heads=256, norm_eps=1e-6, rope_theta=500_000.0)
     configs = [
         LlamaConfig.from_hf(old | {"rope_scaling": numbers | {"rope_type": "llama3"}}),
         LlamaConfig.from_hf(old | {"rope_scaling": numbers | {"type": "llama3"}}),
@@ -303,29 +363,6 @@ def test_rms_norm_and_rotation_keep_the_dtype():
     x = torch.randn(1, 2, 3, 8).bfloat16()
     assert RMSNorm(8, 1e-5).bfloat16()(x).dtype == torch.bfloat16
     assert rotate(x, torch.ones(1, 1, 3, 4), torch.zeros(1, 1, 3, 4)).equal(x)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("keep_all", [False, True])
-def test_caches_are_the_same_together_or_one_at_a_time_joined_picked_and_mixed(keep_all):
-    model, prompts = make_model(), [row + [GIST, GIST] for row in random_rows(7, 1, 9, 5)]
-    given, given_mask = padded(random_rows(8, 1, 6, 5))
-
-    def answers(cache, rows=slice(None)):
-        return model.generate(given[rows], given_mask[rows], cache=cache, max_new_tokens=8)
-
-    together = compress(model, prompts, keep_all)
-    alone = [compress(model, [row], keep_all) for row in prompts]
-    joined = Cache.cat(alone)
-    assert answers(together) == answers(joined)
-    assert torch.equal(together.next_position, joined.next_position)
-    order = [3, 0, 0, 4, 2]
-    mixed = Cache.cat([alone[i] for i in order])
-    assert answers(together[order]) == answers(mixed) == answers(joined[torch.tensor(order)])
-    assert answers(together[1:3], slice(1, 3)) == answers(together)[1:3]
-    assert (
-        together[[2]].nbytes == 2 * 3 * 2 * 8 * 4 * together.length
-    )  # keys and values, layers, heads, width, fp32
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Pictures of results, and what the gist looks at."""
 
 import json
+import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -27,25 +29,20 @@ def runs(tmp_path_factory):
     ):
         path = Path(make_run(folder / f"{arch}-{condition}-{n_gist}", arch, condition, n_gist))
         scores = {"n": 4, "exact_match": 0.5, "rougeL": 0.75, "commonest": 0.25, "loss": 1.0}
-        families = {name: dict(scores, n=2) for name in ("double", "next")}
         metrics = dict(condition=condition, n_gist=n_gist, arch=arch, steps=2)
-        metrics |= {"seen": scores, "unseen": scores | {"families": families}}
+        metrics |= {"seen": scores, "unseen": scores}
         (path / "metrics.json").write_text(json.dumps(metrics))
         log = [json.dumps({"step": i, "loss": 4.0 - i}) for i in range(3)]
         (path / "train_log.jsonl").write_text("\n".join(log))
     return folder
 
 
-def open_prompts(run, instruction="Put lamp at the end."):
-    model, tokenizer, config = evaluation.open_run(str(run), device="cpu")
-    tokens, _ = evaluation.compress_instruction(instruction, model, tokenizer, config)
-    return model, tokenizer, tokens
-
-
 @pytest.mark.parametrize("run", ["llama-gist-2", "t5-gist-2"])
 def test_the_weights_are_those_that_attention_uses(runs, run, monkeypatch):
     """Weights times values are what torch's attention returns, layer by layer."""
-    model, tokenizer, tokens = open_prompts(runs / run)
+    model, tokenizer, config = evaluation.open_run(str(runs / run), device="cpu")
+    e = evaluation.lay_out("Put lamp at the end.", "", tokenizer, config)
+    tokens, segments = evaluation.prompts_of([e], tokenizer)
     seen, fused = [], F.scaled_dot_product_attention
 
     def spy(q, k, v, **kwargs):
@@ -54,7 +51,7 @@ def test_the_weights_are_those_that_attention_uses(runs, run, monkeypatch):
         return out
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    layers = attention.attention_weights(model, tokens, tokenizer.gist_id, "gist")
+    layers = attention.attention_weights(model, tokens, segments, "gist")
     assert len(layers) == len(seen) == 2
     for weights, (v, out) in zip(layers, seen):
         assert torch.allclose(weights @ v, out, atol=1e-5)
@@ -69,7 +66,13 @@ def test_attention_is_drawn(runs, run, instruction, tmp_path):
     assert file.read_bytes().startswith(b"\x89PNG") and list(tmp_path.iterdir()) == [file]
 
 
-@pytest.mark.parametrize("kind", ["bars", "families", "loss"])
+def test_a_run_without_gist_tokens_has_no_attention_to_draw(tmp_path):
+    run = make_run(tmp_path / "run", "llama", "pos_control", n_gist=0)
+    with pytest.raises(data.DataError, match="no gist tokens"):
+        attention.draw(run, "Say it.", str(tmp_path / "a.png"), device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["bars", "loss"])
 @pytest.mark.parametrize("ending", ["png", "pdf"])
 def test_results_of_runs_are_drawn(runs, kind, ending, tmp_path):
     out = tmp_path / f"r.{ending}"
@@ -77,23 +80,65 @@ def test_results_of_runs_are_drawn(runs, kind, ending, tmp_path):
     assert out.stat().st_size > 1000 and list(tmp_path.iterdir()) == [out]
 
 
-def drawn_axes(monkeypatch, runs, **options):
+def drawn(monkeypatch, draw, *args, **options):
+    """The figure that a function draws, as it goes into the file."""
+    from matplotlib.figure import Figure
+
     kept = []
-    monkeypatch.setattr(data, "save_figure", lambda figure, file: kept.append(figure))
-    evaluation.plot([str(p) for p in sorted(runs.iterdir())], **options)
-    return kept[0].axes[0]
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: kept.append(figure))
+    draw(*args, **options)
+    return kept[0]
 
 
-def test_bars_have_a_color_for_every_run_and_reach_their_values(runs, monkeypatch):
-    ax = drawn_axes(monkeypatch, runs, kind="families", metric="exact_match")
-    assert len(ax.containers) == 4 and len(ax.collections) == 4
-    assert {y for guesses in ax.collections for y in guesses.get_paths()[0].vertices[:, 1]} == {
-        25.0
-    }
-    assert len({bars[0].get_facecolor() for bars in ax.containers}) == 4
-    assert {bar.get_height() for bars in ax.containers for bar in bars} == {50.0}
+def bars_of(ax):
+    """By color, the heights of the bars; and the ranges beside them. NaN is not drawn."""
+    heights, ranges = {}, []
+    for container in ax.containers:
+        for bar in container.patches if hasattr(container, "patches") else ():
+            if not math.isnan(bar.get_height()):
+                heights.setdefault(bar.get_facecolor(), []).append(bar.get_height())
+    for lines in ax.collections:
+        ranges += [segment[:, 1].tolist() for segment in lines.get_segments() if len(segment)]
+    return list(heights.values()), ranges
+
+
+def test_bars_have_a_color_for_every_run_and_reach_their_values(runs, monkeypatch, tmp_path):
+    paths = [str(p) for p in sorted(runs.iterdir())]
+    out = str(tmp_path / "a.png")
+    figure = drawn(monkeypatch, evaluation.plot, paths, metric="exact_match", out=out)
+    heights, _ = bars_of(figure.axes[0])
+    assert heights == [[50, 50]] * 4  # seen and unseen, but not human
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == paths
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == list(data.SPLITS)
+    assert figure.axes[0].get_ylim() == (0, 100)
+
+
+def test_runs_that_differ_in_their_seed_only_share_a_bar(monkeypatch, tmp_path):
+    for name, seed, lr, share in (("a0", 0, 1, 0.2), ("b", 0, 2, 0.9), ("a1", 1, 1, 0.4)):
+        (tmp_path / name).mkdir()
+        config = {"seed": seed, "lr": lr, "out_dir": name, "data_hash": name, "seconds": share}
+        (tmp_path / name / "metrics.json").write_text(
+            json.dumps(config | {"seen": {"bleu": share}})
+        )
+    monkeypatch.chdir(tmp_path)
+    figure = drawn(monkeypatch, evaluation.plot, ["a0", "b", "a1"], metric="bleu")
+    heights, ranges = bars_of(figure.axes[0])
+    assert [row[0] for row in heights] == [pytest.approx(30), pytest.approx(90)]
+    assert sorted(ranges)[-2:] == [pytest.approx([20, 40]), pytest.approx([90, 90])]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a* (2)", "b"]
+
+
+def test_families_are_drawn_with_the_commonest_answer(tmp_path):
+    """One of two answers in each family is right; a family's references are the same, or not."""
+    rows = ["x,y_pred,y_true,family", "q,b,b,next", "q,c,b,next", "q,b,b,double", "q,d,c,double"]
+    (tmp_path / "outputs-unseen.csv").write_text("\n".join(rows))
+    _, ax = data.new_figure(3, 3)
+    draw_results.draw_families(ax, [str(tmp_path)] * 2, "exact_match")
+    assert len(ax.containers) == 2
+    assert all([bar.get_height() for bar in bars] == [50, 50] for bars in ax.containers)
+    guesses = [path.vertices[:, 1].tolist() for path in ax.collections[0].get_paths()]
+    assert guesses == [[50, 50], [100, 100]]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["double (2)", "next (2)"]
-    assert ax.get_ylim() == (0, 100)
 
 
 def test_lines_over_n_gist_join_the_runs_of_a_condition(runs):
@@ -116,15 +161,29 @@ def test_win_rates_are_drawn(tmp_path):
     assert ax.containers[0].lines[0].get_xdata() == [0.75]
 
 
-def test_dollars_stay_dollars(runs, monkeypatch):
+FORMULA = r"Is $5 more than $3? \frac"
+
+
+def texts(figure):
     from matplotlib.text import Text
 
-    kept = []
-    monkeypatch.setattr(data, "save_figure", lambda figure, file: kept.append(figure))
-    text = r"Is $5 more than $3? \frac"
-    attention.draw(str(runs / "llama-gist-1"), text, "a.png", device="cpu")
-    shown = [t for t in kept[0].findobj(Text) if "$" in t.get_text()]
+    return [t for t in figure.findobj(Text) if "$" in t.get_text()]
+
+
+def test_dollars_stay_dollars_in_an_instruction(runs, monkeypatch, tmp_path):
+    run, out = str(runs / "llama-gist-1"), str(tmp_path / "a.png")
+    shown = texts(drawn(monkeypatch, attention.draw, run, FORMULA, out, device="cpu"))
     assert shown and not any(t.get_parse_math() for t in shown)
+
+
+@pytest.mark.parametrize("kind", ["bars", "loss"])
+def test_a_folder_may_be_called_like_a_broken_formula(runs, kind, tmp_path, monkeypatch):
+    folder = tmp_path / r"$\frac$_$"
+    shutil.copytree(runs / "llama-gist-1", folder)
+    evaluation.plot([str(folder)], kind=kind, out=str(tmp_path / "a.png"))
+    out = str(tmp_path / "b.png")
+    figure = drawn(monkeypatch, evaluation.plot, [str(folder)], kind=kind, out=out)
+    assert texts(figure) and not any(t.get_parse_math() for t in texts(figure))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +206,6 @@ def test_a_mistake_ends_in_one_line(runs, args, says, tmp_path, monkeypatch, cap
     "args, says",
     [
         (["{runs}/llama-gist-1", "--instruction", " "], "empty"),
-        (["{runs}/llama-pos_control-1", "--instruction", "x"], "cannot compress"),
         (["nowhere", "--instruction", "x"], "nowhere"),
     ],
 )

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import pytest
 import torch
@@ -88,7 +87,7 @@ def test_t5_flops_are_those_that_pytorch_counts(seed):
 
 def test_flops_of_the_real_llama_7b_and_flan_t5_xxl_modules():
     tokens, start = zeros(58).to("meta"), zeros(1).to("meta")
-    llama, t5 = (profile.new_model(name, "meta") for name in ("llama-7b", "flan-t5-xxl"))
+    llama, t5 = (profile.model_of_shape(name, "meta") for name in ("llama-7b", "flan-t5-xxl"))
     with torch.device("meta"):
         assert counted(lambda: llama(tokens)) == profile.flops(llama.config, 58, 58, n_logits=58)
         assert counted(lambda: t5(tokens, start)) == profile.flops(t5.config, 58, 58)
@@ -173,11 +172,13 @@ def test_memory_of_a_real_training_is_near_the_stated_formula(model):
     """States: exactly. Activations, without autocast's copies of weights: within a quarter."""
     B, T = 7, 90
     tokens = torch.randint(0, 90, (B, T))
-    tokens[:, 20] = 99
+    segments = torch.full((B, T), gist_mask.INPUT)
+    segments[:, :20] = gist_mask.PROMPT
+    segments[:, 20] = gist_mask.GIST
     targets = torch.where(torch.arange(T) < 60, IGNORE_INDEX, torch.randint(0, 90, (B, T)))
     if isinstance(model, T5):
         targets = torch.randint(0, 90, (B, T))
-    batch = {"tokens": tokens, "attention_mask": torch.ones_like(tokens).bool(), "targets": targets}
+    batch = {"tokens": tokens, "segments": segments, "targets": targets}
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     shapes = {s for p in model.parameters() if p.ndim == 2 for s in (p.shape, p.mT.shape)}
     kept = {}
@@ -191,7 +192,7 @@ def test_memory_of_a_real_training_is_near_the_stated_formula(model):
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
     with hooks, torch.autocast("cpu", torch.bfloat16):
-        batch_loss(model, batch, 99, "gist").backward()
+        batch_loss(model, batch, "gist").backward()
     optimizer = torch.optim.AdamW(model.parameters())
     optimizer.step()
     states = [m for state in optimizer.state.values() for m in state.values() if m.ndim]
@@ -220,7 +221,7 @@ def test_memory_prints_what_llama_7b_takes_on_four_gpus():
 
 @pytest.mark.parametrize("preset", ["llama-tiny", "t5-tiny"])
 def test_run_measures_every_caching_and_draws(preset, tmp_path):
-    flags = ["--input_tokens", 4, "--limit", 2, "--repeats", 1, "--max_new_tokens", 2]
+    flags = ["--input_tokens", 4, "--repeats", 1, "--max_new_tokens", 2]
     lengths = ["--prompt_tokens", 8, 16]
     where = ["--out", tmp_path / "profile.png", "--device", "cpu"]
     done = python("profile.py", "run", preset, *lengths, *flags, *where)
@@ -232,18 +233,11 @@ def test_run_measures_every_caching_and_draws(preset, tmp_path):
     assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_run_without_lengths_takes_those_of_the_human_split(tmp_path):
-    flags = ["--limit", 3, "--repeats", 1, "--out", tmp_path / "a.png", "--device", "cpu"]
-    done = python("profile.py", "run", "llama-tiny", *flags)
-    assert done.returncode == 0, done.stderr
-    average = median(p for p, _, _ in profile.human_lengths("llama-7b")[:3])
-    assert done.stdout.splitlines()[1].split()[:2] == ["none", f"{average:.1f}"]
-
-
 @pytest.mark.parametrize("preset", ["llama-tiny", "t5-tiny"])
 @pytest.mark.parametrize("flags", [("train", "--length", 12, "--batch_size", 2), ("generate",)])
 def test_throughput_commands_run(preset, flags):
-    done = python("profile.py", flags[0], preset, *flags[1:], "--repeats", 1, "--device", "cpu")
+    flags = [flags[0], preset, *flags[1:], "--repeats", 1, "--device", "cpu"]
+    done = python("-m", "tests.throughput", *flags)
     assert done.returncode == 0 and "tokens/s" in done.stdout, done.stderr
 
 
@@ -266,8 +260,8 @@ def test_a_round_of_timings_makes_every_call_and_the_first_round_does_not_count(
         (("run", "no_such_thing"), "neither a directory nor a preset"),
         (("run", "tests"), "tests"),
         (("run", "llama-tiny", "--prompt_tokens", 8, 0), "--prompt_tokens"),
-        (("generate", "llama-tiny", "--device", "abacus"), "--device abacus"),
-        (("generate", "llama-tiny", "--device", "cuda:9"), "--device cuda:9"),
+        (("run", "llama-tiny", "--device", "abacus"), "--device abacus"),
+        (("run", "llama-tiny", "--device", "cuda:9"), "--device cuda:9"),
     ],
 )
 def test_bad_input_ends_with_one_line(flags, says):
@@ -277,16 +271,42 @@ def test_bad_input_ends_with_one_line(flags, says):
     assert len(lines) == 1 or lines[0].startswith("usage:")
 
 
+@pytest.mark.parametrize("out", ["/nowhere/a.png", "picture", "a.zzz", "."])
+def test_a_picture_that_cannot_be_written_is_found_before_anything_is_measured(
+    out, monkeypatch, tmp_path
+):
+    def measure(*args):
+        raise AssertionError("it measures")
+
+    monkeypatch.setattr(profile, "measure", measure)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(data.DataError, match="give a file like"):
+        profile.run_model("llama-tiny", out=out, device="cpu")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("preset", ["llama-tiny", "t5-tiny"])
+def test_the_shortest_lengths_are_measured(preset, tmp_path):
+    lengths = {"prompt_tokens": [1], "input_tokens": 1, "max_new_tokens": 1, "repeats": 1}
+    profile.run_model(preset, **lengths, device="cpu", out=str(tmp_path / "a.png"))
+    assert (tmp_path / "a.png").exists()
+
+
+def test_an_example_without_an_output_is_not_measured():
+    done = python("-m", "tests.throughput", "train", "t5-tiny", "--length", 1)
+    assert done.returncode == 2 and "1 is too small: at least 2" in done.stderr
+
+
 def test_a_numbered_gpu_is_the_one_that_is_measured(monkeypatch):
     """The model is made on the device that is named. Its tokens follow it, whatever is current."""
     made_on = []
 
-    def new_model(preset, device):
+    def model_of_shape(preset, device):
         made_on.append(device)
         raise StopIteration
 
     monkeypatch.setattr(data, "find_device", lambda name: name)
-    monkeypatch.setattr(profile, "new_model", new_model)
+    monkeypatch.setattr(profile, "model_of_shape", model_of_shape)
     with pytest.raises(StopIteration):
         profile.open_model("llama-tiny", device="cuda:1")
     assert made_on == ["cuda:1"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from make_table import FILE, rows
 
-import eval
+import data
 import gist_mask
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +42,7 @@ def parse(command: str, monkeypatch) -> None:
     program = importlib.import_module(module)
     with pytest.raises(Parsed):
         if module == "profile":  # once imported, its `main` is the standard module's
-            eval.make_parser("", program.COMMANDS).parse_args()
+            data.make_parser("", program.COMMANDS, {}).parse_args()
         else:
             program.main()
 

@@ -20,37 +20,37 @@ nothing here; think of prompts whose second part says "the same, but ...".
 
 import argparse
 import random
+from dataclasses import replace
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import data
+import eval
+import gist_mask
 import train
-from tests.exercises.several_gists import pair_mask, pairs, positions
+from gist_mask import GIST
+from tests.exercises import several_gists
 
 STEPS = 3
 RULES = ("one", "apart", "accumulate")
 
 
-def rule_mask(tokens: Tensor, gist_id: int, attention_mask: Tensor, rule: str) -> Tensor:
-    """A decoder's mask, (B, 1, T, T) bool. (One pair in the row is the plain gist mask.)"""
-    mask = pair_mask(tokens, gist_id, attention_mask)
+def rule_masking(
+    model, segments: Tensor, rule: str, target: Tensor | None = None
+) -> dict[str, Tensor]:
+    """A decoder's mask and positions. (With one pair in the row, these are the core's.)"""
+    masked = several_gists.pair_masking(model, segments, target)
     if rule == "accumulate":
-        pair = pairs(tokens, gist_id)  # (B, T)
-        is_earlier = pair[:, None, :] < pair[:, :, None]  # (B, T, T)
-        to_gist = (tokens == gist_id)[:, None, :]
-        mask = mask | (is_earlier & to_gist)[:, None]
-    return mask.tril()
+        to_gist = (segments == GIST)[:, None, None, :]  # (B, 1, 1, T)
+        masked["mask"] = masked["mask"] | (gist_mask.decoder_mask(segments) & to_gist)
+    return masked
 
 
-def rule_loss(model, batch: dict[str, Tensor], gist_id: int, condition: str, rule: str) -> Tensor:
-    tokens = batch["tokens"]
-    mask = rule_mask(tokens, gist_id, batch["attention_mask"], rule)
-    where = positions(tokens, gist_id)
-    logits, labels = model.label_logits(tokens, batch["targets"], mask, where)
-    return F.cross_entropy(logits, labels, reduction="sum")
+def rule_loss(model, batch: data.Tensors, condition: str, rule: str) -> Tensor:
+    masked = rule_masking(model, batch["segments"], rule, batch["targets"])
+    return F.cross_entropy(*train.label_logits(model, batch, masked), reduction="sum")
 
 
 def make_records(n: int, held_out: bool) -> list[dict]:
@@ -58,7 +58,7 @@ def make_records(n: int, held_out: bool) -> list[dict]:
     rng = random.Random(int(held_out))
     records = []
     while len(records) < n:
-        tasks = [data.make_task(rng, rng.choice(data.STEPS)) for _ in range(STEPS)]
+        tasks = [data.make_task(rng, rng.choice(data.STEP_KINDS)) for _ in range(STEPS)]
         whole = data.in_turn(data.in_turn(tasks[0], tasks[1]), tasks[2])
         record = data.make_record(whole, rng)
         if record["output"] and data.is_held_out(whole.text) == held_out:
@@ -67,12 +67,10 @@ def make_records(n: int, held_out: bool) -> list[dict]:
 
 
 def layout(record: dict, tokenizer, rule: str) -> data.Example:
-    """Three gist tokens: behind the whole prompt, or one behind every step."""
+    """Three gist tokens: after the whole prompt, or one after every step."""
     if rule == "one":
         return data.layout(record, tokenizer, STEPS)
-    parts = [data.layout(record | {"instruction": s}, tokenizer, 1) for s in record["steps"]]
-    prompt = [token for part in parts for token in part.prompt]
-    return data.Example(prompt, parts[0].input, parts[0].output, record)
+    return several_gists.layout(record, tokenizer, n_gist=1)
 
 
 def answer(model, tokenizer, example: data.Example, rule: str) -> str:
@@ -80,19 +78,11 @@ def answer(model, tokenizer, example: data.Example, rule: str) -> str:
 
     No token of a part sees a later part, so compressing part after part gives the same gists.
     """
-    device = model.embedding.weight.device
-    row = torch.tensor([example.prompt], device=device)
-    everything = torch.ones_like(row, dtype=torch.bool)
-    where = positions(row, tokenizer.gist_id)
-    cache = model.compress(
-        row,
-        mask=rule_mask(row, tokenizer.gist_id, everything, rule),
-        positions=torch.cat([where, where[:, -1:] + 1], dim=1),
-        keep=row[0] == tokenizer.gist_id,
-    )
-    given = torch.tensor([example.input], device=device)
-    new = model.generate(given, cache=cache, max_new_tokens=32, eos_id=tokenizer.eos_id)
-    return tokenizer.decode(new[0]).strip()
+    tokens, segments = eval.prompts_of([example], tokenizer, model.embedding.weight.device)
+    is_gist = segments[0] == GIST
+    cache = model.compress(tokens, **rule_masking(model, segments, rule), keep=is_gist)
+    cache = replace(cache, segments=segments[:, is_gist])
+    return eval.answer(model, tokenizer, [example], "gist", 32, cache)[0]
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ the cache's keys and values like into any other input.
 import argparse
 import random
 from dataclasses import replace
+from statistics import mean
 
 import torch
 import torch.nn.functional as F
@@ -34,20 +35,19 @@ from torch import Tensor
 
 import data
 import eval
-from model import IGNORE_INDEX, Cache, Llama
+import gist_mask
+import train
+from model import Cache, Llama
 
 
 def cached_loss(model: Llama, cache: Cache, examples: list[data.Example]) -> Tensor:
     """Cross-entropy per label of examples that go on from a cache of one row."""
-    rows = [e.input + e.output for e in examples]
-    labels = [[IGNORE_INDEX] * (len(e.input) - 1) + e.output + [IGNORE_INDEX] for e in examples]
-    tokens, _ = data.pad(rows, 0)  # (B, T) padded on the right, where no token sees it
-    targets, _ = data.pad(labels, IGNORE_INDEX)  # (B, T)
-    device = cache.keys.device
-    logits = model(tokens.to(device), cache=cache[[0] * len(rows)])  # (B, T, V)
-    return F.cross_entropy(
-        logits.flatten(0, 1), targets.to(device).flatten(), ignore_index=IGNORE_INDEX
-    )
+    # A batch as in training, but for the prompt, which is in the cache.
+    given = [replace(e, prompt=[], segments=e.segments[len(e.prompt) :]) for e in examples]
+    batch = data.collate(given, pad_id=0)
+    batch = {name: x.to(cache.keys.device) for name, x in batch.items()}
+    masked = gist_mask.masking(model, batch["segments"], cache=cache)
+    return F.cross_entropy(*train.label_logits(model, batch, masked | {"cache": cache}))
 
 
 def train_cartridge(
@@ -69,18 +69,14 @@ def train_cartridge(
 
 def exact_match(model: Llama, tokenizer, cache: Cache, examples: list[data.Example]) -> float:
     """The share of examples that are answered right from a cache of one row."""
-    inputs = eval.pad_left([e.input for e in examples], model, tokenizer)
-    rows = cache[[0] * len(examples)]
-    new = model.generate(*inputs, cache=rows, max_new_tokens=32, eos_id=tokenizer.eos_id)
-    texts = [tokenizer.decode(ids).strip() for ids in new]
-    right = [text == e.record["output"] for text, e in zip(texts, examples, strict=True)]
-    return sum(right) / len(right)
+    texts = eval.answer(model, tokenizer, examples, "gist", max_new_tokens=32, cache=cache)
+    return mean(text == e.record["output"] for text, e in zip(texts, examples))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train one prompt's gist, the model frozen.")
     parser.add_argument("run", help="a LLaMA gist run of train.py")
-    parser.add_argument("--kind", default="if there", choices=data.KINDS)
+    parser.add_argument("--kind", default="if there", choices=data.TASK_KINDS)
     parser.add_argument("--instructions", type=int, default=3)
     parser.add_argument("--n_train", type=int, default=64)
     parser.add_argument("--n_test", type=int, default=100)
@@ -93,10 +89,10 @@ def main() -> None:
         task = data.make_task(rng, flags.kind)
         n = flags.n_train + flags.n_test
         records = [data.make_record(task, rng) for _ in range(n)]
-        examples = [data.layout(record, tokenizer, config["n_gist"]) for record in records]
+        sizes = {name: config[name] for name in ("n_gist", "see_start")}
+        examples = [data.layout(record, tokenizer, **sizes) for record in records]
         to_train, to_test = examples[: flags.n_train], examples[flags.n_train :]
-        prompt = eval.pad_left([examples[0].prompt], model, tokenizer)
-        gist = eval.compress_prompts(model, *prompt, tokenizer.gist_id)
+        gist = eval.compress_instruction(model, tokenizer, examples[0], config)
         cartridge = train_cartridge(model, gist, to_train, flags.steps, flags.lr)
         print(task.text)
         for name, cache in (("written", gist), ("trained", cartridge)):

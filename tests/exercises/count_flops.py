@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--p", type=int, default=26, help="prompt tokens")
     parser.add_argument("--q", type=int, default=10, help="input tokens")
     flags = parser.parse_args()
-    model = profile.new_model(flags.preset, "meta")  # no weights, only shapes
+    model = profile.model_of_shape(flags.preset, "meta")  # no weights, only shapes
     with torch.device("meta"):
         gist = model.compress(torch.zeros(1, 1, dtype=torch.int64))
         for name, cache, new in (

@@ -16,15 +16,15 @@ from torch import Tensor
 
 import data
 import gist_mask
+from gist_mask import GIST, INPUT, PROMPT
 
-COLORS = ["tab:blue", "tab:red", "tab:green"]  # of prompt, gist and input
-NAMES = ["prompt", "gist", "input and output"]
+COLORS = {PROMPT: "tab:blue", GIST: "tab:red", INPUT: "tab:green"}
 UNSEEN = (0.94, 0.94, 0.94)  # light gray
 
 
-def draw(ax, words: list[str], segment: Tensor, mask: Tensor) -> None:
-    """One mask, (T, T) bool. segment: (T,) int64, what `gist_mask.segments` says of the words."""
-    colors = [COLORS[s] for s in segment.tolist()]
+def draw(ax, words: list[str], segments: Tensor, mask: Tensor) -> None:
+    """One mask, (T, T) bool. segments: (T,) int64, the labels of the words."""
+    colors = [COLORS[label] for label in segments.tolist()]
     of_keys = torch.tensor([to_rgb(color) for color in colors])  # (T, 3)
     ax.imshow(torch.where(mask[:, :, None], of_keys, torch.tensor(UNSEEN)))
     ax.set_xticks(range(len(words)), words, rotation=90)
@@ -42,15 +42,15 @@ def main() -> None:
     parser.add_argument("--n_gist", type=data.at_least(0), default=1)
     parser.add_argument("--out", default="masks.png")
     flags = parser.parse_args()
-    words, tokens = gist_mask.example(flags.n_gist)
+    words, segments = gist_mask.example(flags.n_gist)
     n = len(gist_mask.TABLE)
     figure, axes = data.new_figure(4.2 * n, 4.9, n)
     for ax, condition in zip(axes, gist_mask.TABLE):
-        mask = gist_mask.decoder_mask(tokens, 1, condition)[0, 0]
-        draw(ax, words, gist_mask.segments(tokens, 1)[0], mask)
+        draw(ax, words, segments[0], gist_mask.decoder_mask(segments, condition)[0, 0])
         ax.set_title(condition)
     axes[0].set(xlabel="... sees these keys", ylabel="query: this token ...")
-    patches = [Patch(color=color, label=name) for color, name in zip(COLORS, NAMES)]
+    names = ("prompt", "gist", "input and output")
+    patches = [Patch(color=color, label=name) for color, name in zip(COLORS.values(), names)]
     figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)
     data.save_figure(figure, flags.out)
     print(f"wrote {flags.out}")

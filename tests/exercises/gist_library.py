@@ -27,23 +27,24 @@ def model_id(model: data.Model) -> str:
 
 
 def save_gist(file: data.AnyPath, gist: Cache, model: data.Model, instruction: str) -> None:
-    content = io.BytesIO()
-    state = {"gist": vars(gist), "instruction": instruction, "model": model_id(model)}
-    torch.save(state, content)
-    data.write_file(Path(file), content.getvalue())
+    content = {"gist": vars(gist), "instruction": instruction, "model": model_id(model)}
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    data.write_file(Path(file), buffer.getvalue())
 
 
 def load_gist(file: data.AnyPath, model: data.Model) -> tuple[Cache, str]:
     """A gist of this very model, and its instruction. Raises data.DataError."""
     weight = model.embedding.weight
+
+    def to_model(x):
+        return x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
+
     with data.reading(file, "make it again with --instruction"):
-        state = data.unpickle(file)
-        if state["model"] != model_id(model):
+        content = data.unpickle(file)
+        if content["model"] != model_id(model):
             raise ValueError("a gist of another model")
-        columns = {}
-        for name, x in state["gist"].items():
-            columns[name] = x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
-        return Cache(**columns), state["instruction"]
+        return Cache(**content["gist"]).change(to_model), content["instruction"]
 
 
 def main() -> None:
@@ -54,17 +55,18 @@ def main() -> None:
     parser.add_argument("--input", nargs="+", default=[], help="answer these from the file")
     flags = parser.parse_args()
     model, tokenizer, config = eval.open_run(flags.run)
-    if flags.instruction:
-        _, gist = eval.compress_instruction(flags.instruction, model, tokenizer, config)
+    if flags.instruction is not None:
+        e = eval.lay_out(flags.instruction, "", tokenizer, config)
+        gist = eval.compress_instruction(model, tokenizer, e, config)
         save_gist(flags.file, gist, model, flags.instruction)
         print(f"wrote {flags.file}")
     gist, instruction = load_gist(flags.file, model)
     print(f"{gist.nbytes:,} bytes: {instruction}")
-    for text in flags.input:
-        record = {"instruction": instruction, "input": text, "output": ""}
-        e = data.layout(record, tokenizer, config["n_gist"], config["arch"])
-        answers = eval.answer(model, tokenizer, [e], config["condition"], 64, gist)
-        print(f"{text} -> {answers[0]}")
+    examples = [eval.lay_out(instruction, text, tokenizer, config) for text in flags.input]
+    if examples:
+        answers = eval.answer(model, tokenizer, examples, config["condition"], 64, gist)
+        for text, reply in zip(flags.input, answers):
+            print(f"{text} -> {reply}")
 
 
 if __name__ == "__main__":

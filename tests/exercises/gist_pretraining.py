@@ -27,10 +27,12 @@ help: loss 1.918 on unseen and 2.842 on human instructions, against 1.908 and 2.
 import argparse
 import random
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import data
 import train
+from gist_mask import GIST, INPUT, PROMPT, START
 
 SPAN = range(4, 65)  # tokens to compress
 CONTINUATION = 32  # tokens to predict
@@ -44,38 +46,44 @@ def lines_of(path: str | None, seed: int) -> Iterator[str]:
         return
     files = sorted(Path(path).rglob("*.txt")) if Path(path).is_dir() else [Path(path)]
     for file in files:
-        with open(file, encoding="utf-8", errors="replace") as lines:
+        with open(file, encoding="utf-8-sig", errors="replace") as lines:
             yield from lines
 
 
-def text_examples(
-    path: str | None, tokenizer, n_gist: int, arch: str, n: int, seed: int = 0
-) -> list[data.Example]:
-    """n pairs of a span and its continuation, from as many readings of the text as it takes.
+def cut(path: str | None, tokenizer, seed: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Pairs of a span and its continuation, as many as wanted: the text begins again at its end.
 
     Raises data.DataError if the text is too short to cut.
     """
     rng = random.Random(seed)
-    empty = {"instruction": "", "input": "", "output": ""}
-    given = data.layout(empty, tokenizer, n_gist, arch).input
-    start = [] if arch == "t5" or tokenizer.bos_id is None else [tokenizer.bos_id]
-    gist = [tokenizer.gist_id] * n_gist
-    examples, tokens = [], []
-    while len(examples) < n:
-        before = len(examples)
+    while True:
+        tokens, n_pairs = [], 0
         for line in lines_of(path, seed):
             if line.strip():
                 tokens += tokenizer.encode(tokenizer.prefix + line.strip())
-            while len(tokens) >= SPAN[-1] + CONTINUATION and len(examples) < n:
+            while len(tokens) >= SPAN[-1] + CONTINUATION:
                 end = rng.choice(SPAN)
-                prompt = start + tokens[:end] + gist
-                output = tokens[end : end + CONTINUATION]
-                examples.append(data.Example(prompt, given, output, empty))
+                yield tokens[:end], tokens[end : end + CONTINUATION]
+                n_pairs += 1
                 tokens = tokens[rng.randint(1, end + CONTINUATION) :]  # cut anywhere next
-            if len(examples) == n:
-                break
-        if len(examples) == before:
+        if n_pairs == 0:
             raise data.DataError(f"{path}: too little text to learn from; give more")
+
+
+def text_examples(
+    path: str | None, tokenizer, n: int, n_gist: int, arch: str, see_start: bool, seed: int = 0
+) -> list[data.Example]:
+    """n examples, whose prompt is a span and whose output is its continuation. Raises as `cut`."""
+    empty = {"instruction": "", "input": "", "output": ""}
+    given = data.layout(empty, tokenizer, n_gist, arch).input
+    start = [] if arch == "t5" or tokenizer.bos_id is None else [tokenizer.bos_id]
+    examples = []
+    for span, continuation in islice(cut(path, tokenizer, seed), n):
+        prompt = start + span + [tokenizer.gist_id] * n_gist
+        segments = [PROMPT] * len(start + span) + [GIST] * n_gist + [INPUT] * len(given)
+        if see_start and start:
+            segments[0] = START
+        examples.append(data.Example(prompt, given, continuation, segments, empty, arch))
     return examples
 
 
@@ -84,6 +92,7 @@ def main() -> None:
     parser.add_argument("--text", help="a file or a directory of *.txt (the built-in text)")
     parser.add_argument("--init_from", help="start from this checkpoint (random weights)")
     parser.add_argument("--arch", default="llama", choices=("llama", "t5"))
+    parser.add_argument("--see_start", action="store_true", help="as in train.py")
     parser.add_argument("--n_gist", type=int, default=1)
     parser.add_argument("--max_steps", type=int, default=1000)
     parser.add_argument("--batch_size", type=int, default=64)
@@ -95,7 +104,8 @@ def main() -> None:
     records = data.load_instructions("builtin")["train"]
     model, tokenizer = train.make_model(config, records)
     n = config.max_steps * config.batch_size
-    examples = text_examples(text, tokenizer, config.n_gist, config.arch, n, config.seed)
+    layout = (config.n_gist, config.arch, config.see_start, config.seed)
+    examples = text_examples(text, tokenizer, n, *layout)
     train.fit(model, tokenizer, examples, config, out_dir=Path(config.out_dir))
 
 

@@ -7,10 +7,9 @@
 `neg_control` sees nothing of the prompt, `pos_control` all of it. The gist's share of the way from
 one to the other is what it keeps:  share = (gist - neg_control) / (pos_control - neg_control).
 For every number of steps that all three conditions were trained for, this prints the three scores
-(ROUGE-L by default) of a split and the share with its 95% interval. (A control of which there is
-only one run is compared with every gist.) That is the bootstrap's: draw
-as many examples as there are, with replacement, 1,000 times, the same for all three conditions; the
-middle 950 shares lie in it. Seconds.
+(ROUGE-L by default) of a split and the share with its 95% interval. (A control with one run only is
+compared with every gist.) The interval is the bootstrap's: of 1,000 draws of as many examples, with
+replacement, the same for all three conditions, the middle 950 shares lie in it. Seconds.
 
     python -m tests.exercises.learning_curve out/{gist,pos_control,neg_control}-400 --metric loss
 
@@ -96,7 +95,9 @@ def read_losses(runs: list[str], window: int) -> dict[int, list[np.ndarray]]:
 
 
 def share(neg: np.ndarray, gist: np.ndarray, pos: np.ndarray) -> float:
-    return (gist.mean() - neg.mean()) / (pos.mean() - neg.mean())
+    """The share that the gist keeps; NaN where whole prompts change nothing."""
+    difference = pos.mean() - neg.mean()
+    return (gist.mean() - neg.mean()) / difference if difference else np.nan
 
 
 def interval(neg: np.ndarray, gist: np.ndarray, pos: np.ndarray) -> tuple[float, float]:
@@ -104,7 +105,7 @@ def interval(neg: np.ndarray, gist: np.ndarray, pos: np.ndarray) -> tuple[float,
     rng = np.random.default_rng(0)
     drawn = rng.integers(len(gist), size=(1000, len(gist)))  # indices of examples
     shares = [share(neg[i], gist[i], pos[i]) for i in drawn]
-    return tuple(np.quantile(shares, (0.025, 0.975)))
+    return tuple(np.nanquantile(shares, (0.025, 0.975)))
 
 
 def main() -> None:
@@ -124,10 +125,13 @@ def main() -> None:
     figure, (left, right) = data.new_figure(10, 4, panels=2)
     print("steps  " + "  ".join(f"{name:>11}" for name in (*NAMES, "share")))
     for steps, scores in curve.items():
-        low, high = interval(*scores)
-        kept = share(*scores)
         means = [scale * x.mean() for x in scores]
         print(f"{steps:5}  " + "  ".join(f"{mean:11.{digits}f}" for mean in means), end="")
+        kept = share(*scores)
+        if np.isnan(kept):
+            print("  none: pos_control is no better than neg_control")
+            continue
+        low, high = interval(*scores)
         print(f"  {100 * kept:11.1f} ({100 * low:.1f} to {100 * high:.1f})")
         spread = [[max(0, 100 * (kept - low))], [max(0, 100 * (high - kept))]]
         right.errorbar(steps, 100 * kept, yerr=spread, fmt="ko")

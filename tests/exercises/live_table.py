@@ -9,7 +9,8 @@ whole row under the mask? Flipping an entry can take three things away:
 - input -> prompt: the input sees the prompt, of which the gist's columns are only a part. A cache
   would have to keep every column (`eval.compress_prompts` does): exact, but no longer small.
 - prompt -> input, gist -> input: in an encoder, what the gist holds depends on the input, so that
-  nothing can be computed before it is there. (A decoder's tokens see no later ones: no change.)
+  nothing can be computed before it is there: `eval.compress_prompts` raises an error. (A decoder's
+  tokens see no later ones: no change.)
 - input -> gist: the cache is exact, but its columns are not seen any more: nothing has to be kept.
 
 The others change what the gist holds, and training would notice; a cached gist stays exact. So what
@@ -21,20 +22,24 @@ import torch
 
 import data
 import gist_mask
+from gist_mask import GIST, INPUT, PROMPT
 from model import Llama, LlamaConfig
 from t5 import T5, T5Config
 
-G = 9  # the gist token's id
-ROW = torch.tensor([[1, 2, 3, G, G, 4, 5, 6]])  # prompt, two gist tokens, input
-N_PROMPT = 5  # tokens up to the last gist token
-SEGMENTS = ("prompt", "gist", "input")
+SEGMENTS = torch.tensor([[PROMPT, PROMPT, PROMPT, GIST, GIST, INPUT, INPUT, INPUT]])
+TOKENS = torch.tensor([[1, 2, 3, 9, 9, 4, 5, 6]])
+TARGET = torch.tensor(
+    [[4, 5, 6]]
+)  # what the T5 is to write: logits for as many places as the input
+N_PROMPT, N_INPUT = 5, 3  # tokens up to the last gist token, and after it
+NAMES = gist_mask.NAMES[PROMPT : INPUT + 1]
 
 
 def flipped(query: int, key: int) -> str:
     """Add a condition to TABLE: gist with one entry flipped. Returns its name."""
     table = [list(row) for row in gist_mask.TABLE["gist"]]
     table[query][key] = 1 - table[query][key]
-    name = f"{SEGMENTS[query]} -> {SEGMENTS[key]}"
+    name = f"{NAMES[query]} -> {NAMES[key]}"
     gist_mask.TABLE[name] = table
     return name
 
@@ -43,26 +48,19 @@ def flipped(query: int, key: int) -> str:
 def error_of_cached_gist(model: Llama | T5, condition: str) -> float:
     """The largest difference between the logits of the input from the gist alone and those of the
     whole row."""
-    prompt, given = ROW[:, :N_PROMPT], ROW[:, N_PROMPT:]
-    is_gist = prompt[0] == G
-    columns = torch.cat([is_gist, torch.ones(given.shape[1], dtype=torch.bool)])
-    positions = gist_mask.positions(ROW, G)
-    until_next = positions[:, : N_PROMPT + 1]
-    is_t5 = isinstance(model, T5)
-    make_mask = gist_mask.encoder_mask if is_t5 else gist_mask.decoder_mask
-    mask = make_mask(ROW, G, condition)
-    cache = model.compress(
-        prompt, mask=make_mask(prompt, G, condition), positions=until_next, keep=is_gist
-    )
-    rest = mask[:, :, N_PROMPT:, columns]
-    if is_t5:
-        target = torch.tensor([[0, 4, 5]])
-        cross_mask = gist_mask.cross_mask(ROW, G, condition)
-        whole = model(ROW, target, mask, cross_mask, positions=positions)
-        cached = model(given, target, rest, cross_mask[..., columns], cache=cache)
-    else:
-        whole = model(ROW, mask, positions)[:, N_PROMPT:]
-        cached = model(given, rest, cache=cache)
+    masked = gist_mask.masking(model, SEGMENTS, condition, target=TARGET)
+    whole = model(TOKENS, **masked)[:, -N_INPUT:]
+    # Compress the prompt under its own mask, and keep the gist's columns, whatever the input sees.
+    before = gist_mask.masking(model, SEGMENTS[:, :N_PROMPT], condition)
+    is_gist = SEGMENTS[0, :N_PROMPT] == GIST
+    cache = model.compress(TOKENS[:, :N_PROMPT], before["mask"], before["positions"], is_gist)
+    # Go on under what is left of the row's mask.
+    columns = SEGMENTS[0] != PROMPT
+    masked["mask"] = masked["mask"][:, :, N_PROMPT:, columns]
+    masked["positions"] = masked["positions"][:, N_PROMPT:]
+    if "cross_mask" in masked:
+        masked["cross_mask"] = masked["cross_mask"][..., columns]
+    cached = model(TOKENS[:, N_PROMPT:], **masked, cache=cache)
     return (whole - cached).abs().max().item()
 
 
@@ -84,7 +82,7 @@ def main() -> None:
             name = flipped(query, key)
             changes = []
             for make_mask in (gist_mask.encoder_mask, gist_mask.decoder_mask):
-                same = torch.equal(make_mask(ROW, G, name), make_mask(ROW, G, "gist"))
+                same = torch.equal(make_mask(SEGMENTS, name), make_mask(SEGMENTS))
                 changes.append("no" if same else "yes")
             errors = [error_of_cached_gist(model, name) for model in (t5, llama)]
             print(

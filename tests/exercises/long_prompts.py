@@ -42,7 +42,7 @@ def make_records(n: int, n_shots: int, held_out: bool, seed: int) -> list[dict]:
     held_out: those that are kept for the unseen split, or those of the training set.
     """
     rng = random.Random(seed)
-    kinds = [*data.KINDS, data.TWO_STEPS]
+    kinds = [*data.TASK_KINDS, data.TWO_STEPS]
     records = []
     while len(records) < n:
         task = data.make_task(rng, rng.choice(kinds))
@@ -56,15 +56,10 @@ def make_records(n: int, n_shots: int, held_out: bool, seed: int) -> list[dict]:
 
 def milliseconds(model, tokenizer, examples: list[data.Example], repeats: int) -> list[float]:
     """The time to the first token of a batch of answers: from whole prompts, and from gists."""
-    pad_left = partial(eval.pad_left, model=model, tokenizer=tokenizer)
-    prompts = pad_left([e.prompt for e in examples])
-    gists = eval.compress_prompts(model, *prompts, tokenizer.gist_id)
-    whole = pad_left([e.prompt + e.input for e in examples])
-    inputs = pad_left([e.input for e in examples])
-    calls = {
-        "whole": partial(model.generate, *whole, max_new_tokens=1),
-        "gists": partial(model.generate, *inputs, cache=gists, max_new_tokens=1),
-    }
+    prompts = eval.prompts_of(examples, tokenizer, model.embedding.weight.device)
+    gists = eval.compress_prompts(model, *prompts)
+    answer = partial(eval.answer, model, tokenizer, examples, "gist", max_new_tokens=1)
+    calls = {"whole": answer, "gists": partial(answer, cache=gists)}
     return list(profile.timings(calls, repeats).values())
 
 

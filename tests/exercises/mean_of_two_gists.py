@@ -25,7 +25,8 @@ def blend(a: Cache, b: Cache, t: float) -> Cache:
     """(1 - t) a + t b, of keys, values, and T5's hidden states."""
     mixed = {}
     for name in ("keys", "values", "hidden"):
-        mixed[name] = torch.lerp(getattr(a, name), getattr(b, name), t)
+        if getattr(a, name) is not None:
+            mixed[name] = torch.lerp(getattr(a, name), getattr(b, name), t)
     return replace(a, **mixed)
 
 
@@ -38,20 +39,14 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=11)
     flags = parser.parse_args()
     model, tokenizer, config = eval.open_run(flags.run)
-    device = model.embedding.weight.device
-
-    gists = []
-    for instruction in (flags.a, flags.b):
-        record = {"instruction": instruction, "input": flags.input, "output": ""}
-        example = data.layout(record, tokenizer, config["n_gist"], config["arch"])
-        prompt = torch.tensor([example.prompt], device=device)
-        gists.append(eval.compress_prompts(model, prompt, None, tokenizer.gist_id))
-    given = torch.tensor([example.input], device=device)
+    texts = (flags.a, flags.b)
+    examples = [eval.lay_out(text, flags.input, tokenizer, config) for text in texts]
+    gists = [eval.compress_instruction(model, tokenizer, e, config) for e in examples]
     for i in range(flags.points):
         t = i / (flags.points - 1)
         cache = blend(*gists, t)
-        ids = model.generate(given, cache=cache, max_new_tokens=16, eos_id=tokenizer.eos_id)[0]
-        print(f"{t:.2f}   {' '.join(tokenizer.decode(ids).split())}")
+        answers = eval.answer(model, tokenizer, examples[:1], config["condition"], 16, cache)
+        print(f"{t:.2f}   {' '.join(answers[0].split())}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--micro_batch", type=int, default=8, help="examples at once on a GPU")
     parser.add_argument("--length", type=int, default=512, help="T5: of source, and of output")
     flags = parser.parse_args()
-    model = profile.new_model(flags.preset, "meta")  # no weights, only shapes
+    model = profile.model_of_shape(flags.preset, "meta")  # no weights, only shapes
     n_parameters = sum(p.numel() for p in model.parameters())
     tokens = flags.micro_batch * flags.length
     states, activations, checkpointed = estimate(model.config, n_parameters, flags.gpus, tokens)

@@ -16,6 +16,7 @@ other data: one gist token for both got 72.5 right, one for each 85.0; with a T5
 
 import argparse
 import random
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -23,47 +24,44 @@ from torch import Tensor
 
 import data
 import eval
+import gist_mask
 import train
-from gist_mask import INPUT, PROMPT, segments
+from gist_mask import GIST, INPUT, PROMPT
 from model import Cache
-from t5 import T5
 
 
-def pairs(tokens: Tensor, gist_id: int) -> Tensor:
-    """How many pairs of prompt and gist ended before each token. tokens: (B, T). Returns (B, T)."""
-    is_gist = (tokens == gist_id).int()
-    ends = (is_gist[:, :-1] - is_gist[:, 1:]).clamp(min=0)  # 1 where the next token is no gist
-    return F.pad(ends.cumsum(dim=1), (1, 0))
+def pairs(segments: Tensor) -> Tensor:
+    """How many pairs of prompt and gist ended before each token. segments and result: (B, T)."""
+    is_gist = segments == GIST
+    is_end = is_gist[:, :-1] & ~is_gist[:, 1:]  # the next token is no gist token any more
+    return F.pad(is_end.cumsum(dim=1), (1, 0))
 
 
-def pair_mask(tokens: Tensor, gist_id: int, attention_mask: Tensor) -> Tensor:
-    """An encoder's mask, (B, 1, T, T) bool: the input sees no prompt, the others their pair."""
-    segment, pair = segments(tokens, gist_id), pairs(tokens, gist_id)  # (B, T)
-    from_input = (segment == INPUT)[:, :, None]
-    to_prompt = (segment == PROMPT)[:, None, :]
-    same_pair = pair[:, :, None] == pair[:, None, :]
-    mask = torch.where(from_input, ~to_prompt, same_pair) & attention_mask[:, None, :]
-    itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
-    return (mask | itself)[:, None]
+def positions(segments: Tensor) -> Tensor:
+    """The core's, but a later prompt takes no place: gists follow one another, whatever its length.
+
+    segments and result: (B, T) int64.
+    """
+    pair = pairs(segments)
+    is_later = pair[:, None, :] > pair[:, :, None]  # (B, T, T)
+    later_prompt = is_later & (segments == PROMPT)[:, None, :]
+    return gist_mask.positions(segments) + later_prompt.sum(dim=2)
 
 
-def positions(tokens: Tensor, gist_id: int) -> Tensor:
-    """The gists follow one another from 0 on; every prompt ends right before its own gist."""
-    is_prompt, pair = segments(tokens, gist_id) == PROMPT, pairs(tokens, gist_id)  # (B, T)
-    skipped = is_prompt[:, None, :] & (pair[:, None, :] <= pair[:, :, None])  # (B, T, T)
-    return torch.arange(tokens.shape[1], device=tokens.device) - skipped.sum(dim=2)
+def pair_masking(model, segments: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
+    """`gist_mask.masking`, but a prompt and its gist see nothing before them."""
+    pair = pairs(segments)
+    same_pair = pair[:, :, None] == pair[:, None, :]  # (B, T, T)
+    from_input = (segments == INPUT)[:, :, None]  # (B, T, 1)
+    masked = gist_mask.masking(model, segments, target=target)
+    masked["mask"] = masked["mask"] & (same_pair | from_input)[:, None]
+    masked["positions"] = positions(segments)
+    return masked
 
 
-def pair_loss(model, batch: dict[str, Tensor], gist_id: int, condition: str) -> Tensor:
-    """`train.batch_loss` under the mask of pairs."""
-    tokens, targets = batch["tokens"], batch["targets"]
-    mask = pair_mask(tokens, gist_id, batch["attention_mask"])
-    masks = [mask.tril()]
-    if isinstance(model, T5):
-        cross_mask = (segments(tokens, gist_id) != PROMPT) & batch["attention_mask"]
-        masks = [mask, cross_mask[:, None, None]]
-    logits, labels = model.label_logits(tokens, targets, *masks, positions(tokens, gist_id))
-    return F.cross_entropy(logits, labels, reduction="sum")
+def pair_loss(model, batch: data.Tensors, condition: str) -> Tensor:
+    masked = pair_masking(model, batch["segments"], batch["targets"])
+    return F.cross_entropy(*train.label_logits(model, batch, masked), reduction="sum")
 
 
 def make_records(n: int, held_out: bool) -> list[dict]:
@@ -71,8 +69,8 @@ def make_records(n: int, held_out: bool) -> list[dict]:
     rng = random.Random(int(held_out))
     records = []
     while len(records) < n:
-        one = data.make_task(rng, rng.choice(data.KINDS))
-        two = [data.make_task(rng, rng.choice(data.STEPS)) for _ in range(2)]
+        one = data.make_task(rng, rng.choice(data.TASK_KINDS))
+        two = [data.make_task(rng, rng.choice(data.STEP_KINDS)) for _ in range(2)]
         for task, steps in ((one, [one]), (data.in_turn(*two), two)):
             if data.is_held_out(task.text) == held_out:
                 texts = [step.text for step in steps]
@@ -80,40 +78,41 @@ def make_records(n: int, held_out: bool) -> list[dict]:
     return records
 
 
-def layout(record: dict, tokenizer, n_gist: int, arch: str) -> data.Example:
+def layout(record: dict, tokenizer, n_gist: int, arch: str = "llama") -> data.Example:
     """A prompt with its gist tokens for every step, then what `data.layout` makes of the rest."""
     steps = [record | {"instruction": step} for step in record["steps"]]
     parts = [data.layout(step, tokenizer, n_gist, arch) for step in steps]
     prompt = [token for part in parts for token in part.prompt]
-    return data.Example(prompt, parts[0].input, parts[0].output, record)
+    segments = [label for part in parts[:-1] for label in part.segments[: len(part.prompt)]]
+    last = parts[-1]
+    return replace(last, prompt=prompt, segments=segments + last.segments, record=record)
 
 
-def compress_apart(model, prompt: list[int], gist_id: int) -> Cache:
+def compress_apart(model, tokenizer, example: data.Example) -> Cache:
     """Compress each prompt of a row without the others, and put the caches side by side."""
-    row = torch.tensor([prompt], device=model.embedding.weight.device)
-    pair, where = pairs(row, gist_id)[0], positions(row, gist_id)
+    tokens, segments = eval.prompts_of([example], tokenizer, model.embedding.weight.device)
+    pair, where = pairs(segments)[0], positions(segments)  # (P,) and (1, P)
     caches = []
-    for i in pair.unique().tolist():
-        part, at = row[:, pair == i], where[:, pair == i]
-        and_next = torch.cat([at, at[:, -1:] + 1], dim=1)
-        caches.append(model.compress(part, positions=and_next, keep=part[0] == gist_id))
-    return join(caches)
+    for i in pair.unique():
+        own = pair == i  # (P,) this prompt and its gist
+        labels = segments[:, own]
+        is_gist = labels[0] == GIST
+        mask = gist_mask.masking(model, labels)["mask"]
+        cache = model.compress(tokens[:, own], mask, where[:, own], keep=is_gist)
+        caches.append(replace(cache, segments=labels[:, is_gist]))
+    return side_by_side(caches)
 
 
-def join(caches: list[Cache]) -> Cache:
-    """The columns of several caches of the same rows; what follows comes after the last."""
-    *columns, next_positions = zip(*[vars(cache).values() for cache in caches])
-    return Cache(*[torch.cat(parts, dim=1) for parts in columns], next_positions[-1])
+def side_by_side(caches: list[Cache]) -> Cache:
+    """The columns of several caches of the same rows, one after the other."""
+    fields = zip(*[vars(cache).values() for cache in caches])
+    return Cache(*[None if parts[0] is None else torch.cat(parts, dim=1) for parts in fields])
 
 
 def answer(model, tokenizer, examples: list[data.Example], max_new_tokens: int) -> list[str]:
     """Answer a batch, each input from its prompts' gists."""
-    gists = [compress_apart(model, example.prompt, tokenizer.gist_id) for example in examples]
-    cache = Cache.cat(gists)
-    inputs = eval.pad_left([example.input for example in examples], model, tokenizer)
-    limits = {"max_new_tokens": max_new_tokens, "eos_id": tokenizer.eos_id}
-    new = model.generate(*inputs, cache=cache, **limits)
-    return [tokenizer.decode(ids).strip() for ids in new]
+    gists = [compress_apart(model, tokenizer, example) for example in examples]
+    return eval.answer(model, tokenizer, examples, "gist", max_new_tokens, Cache.cat(gists))
 
 
 def main() -> None:
@@ -125,22 +124,20 @@ def main() -> None:
     flags = parser.parse_args()
 
     records = make_records(flags.n_train, held_out=False)
-    tests = make_records(500, held_out=True)
-    shape = {"arch": flags.arch, "n_gist": flags.n_gist, "max_steps": flags.max_steps}
-    config = train.fill_in(train.Config(**shape))
+    config = train.Config(arch=flags.arch, n_gist=flags.n_gist, max_steps=flags.max_steps)
+    config = train.fill_in(config)
     model, tokenizer = train.make_model(config, records)
-    examples = [layout(r, tokenizer, flags.n_gist, flags.arch) for r in records]
+    examples = [layout(record, tokenizer, flags.n_gist, flags.arch) for record in records]
     train.fit(model, tokenizer, examples, config, pair_loss)
 
     model.eval()
-    unseen = [layout(r, tokenizer, flags.n_gist, flags.arch) for r in tests]
-    texts = []
-    for start in range(0, len(unseen), 50):
-        texts += answer(model, tokenizer, unseen[start : start + 50], 32)
-    right = [text == e.record["output"] for text, e in zip(texts, unseen)]
+    unseen = make_records(500, held_out=True)
     for n_steps in (1, 2):
-        hits = [hit for hit, e in zip(right, unseen) if len(e.record["steps"]) == n_steps]
-        print(f"{n_steps} steps: {100 * sum(hits) / len(hits):.1f} % right of {len(hits)} unseen")
+        tests = [record for record in unseen if len(record["steps"]) == n_steps]
+        examples = [layout(record, tokenizer, flags.n_gist, flags.arch) for record in tests]
+        texts = answer(model, tokenizer, examples, max_new_tokens=32)
+        right = sum(text == record["output"] for text, record in zip(texts, tests))
+        print(f"{n_steps} steps: {100 * right / len(tests):.1f} % right of {len(tests)} unseen")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m tests.exercises.sixteen_users out/llama-gist-1        # seconds
 
-Positions are counted from the gist, so gists of prompts of any lengths fit together (`Cache.cat`).
+Positions are counted from the input, so gists of prompts of any lengths fit together (`Cache.cat`).
 Every answer is the one that the user alone would get. What is gained is time: the weights are read
 from memory once for all sixteen: 40 ms against 219 ms on one busy core, for the main job's model.
 """
@@ -22,30 +22,22 @@ def main() -> None:
     flags = parser.parse_args()
     model, tokenizer, config = eval.open_run(flags.run)
     records = data.builtin(1000, 16)["unseen"]
-    arch, n_gist = config["arch"], config["n_gist"]
-    examples = [data.layout(record, tokenizer, n_gist, arch) for record in records]
-    gists = []
-    for example in examples:
-        prompt = eval.pad_left([example.prompt], model, tokenizer)
-        gists.append(eval.compress_prompts(model, *prompt, tokenizer.gist_id))
-    answer = partial(model.generate, max_new_tokens=16, eos_id=tokenizer.eos_id)
-    inputs = [e.input for e in examples]
+    examples = [eval.lay_out(r["instruction"], r["input"], tokenizer, config) for r in records]
+    gists = [eval.compress_instruction(model, tokenizer, e, config) for e in examples]
     cache = Cache.cat(gists)
+    answer = partial(
+        eval.answer, model, tokenizer, condition=config["condition"], max_new_tokens=16
+    )
 
-    def together() -> list[list[int]]:
-        return answer(*eval.pad_left(inputs, model, tokenizer), cache=cache)
+    def together() -> list[str]:
+        return answer(examples, cache=cache)
 
-    def one_by_one() -> list[list[int]]:
-        pairs = zip(inputs, gists, strict=True)
-        return [
-            answer(*eval.pad_left([given], model, tokenizer), cache=gist)[0]
-            for given, gist in pairs
-        ]
+    def one_by_one() -> list[str]:
+        return [answer([e], cache=gist)[0] for e, gist in zip(examples, gists)]
 
-    for example, ids in zip(examples, together(), strict=True):
-        record = example.record
-        print(f"{record['instruction']}  {record['input']}  ->  {tokenizer.decode(ids).strip()}")
-    same = sum(a == b for a, b in zip(together(), one_by_one(), strict=True))
+    for record, text in zip(records, together()):
+        print(f"{record['instruction']}  {record['input']}  ->  {text}")
+    same = sum(a == b for a, b in zip(together(), one_by_one()))
     ms = profile.timings({"together": together, "one by one": one_by_one}, repeats=5)
     print(f"{same} of 16 answers are the same; {cache.nbytes / 2**10:.1f} KiB of cache")
     for name, value in ms.items():

@@ -21,7 +21,6 @@ then `long_prompts.py` makes the prompts.
 
 import argparse
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,9 +65,9 @@ WAYS = {
 }
 
 
-def attention_to_columns(model: Llama, prompt: Tensor, gist_id: int, condition: str) -> Tensor:
+def attention_to_columns(model: Llama, tokens: Tensor, segments: Tensor, condition: str) -> Tensor:
     """What the prompt's last token looks at, mean over layers and heads: (P,)."""
-    layers = attention_weights(model, prompt, gist_id, condition)  # each (1, H, P, P)
+    layers = attention_weights(model, tokens, segments, condition)  # each (1, H, P, P)
     return torch.stack([weights[0, :, -1] for weights in layers]).mean(dim=(0, 1))
 
 
@@ -81,25 +80,28 @@ def main() -> None:
     flags = parser.parse_args()
     records = make_records(flags.n_test, flags.n_shots, held_out=True, seed=1)
 
-    model, tokenizer, config = eval.open_run(flags.gist_run)
-    n, gist_condition = config["n_gist"], config["condition"]
-    examples = [data.layout(record, tokenizer, n) for record in records]
     right = {"gist": 0} | dict.fromkeys(WAYS, 0)
-    for e in examples:
-        texts = eval.answer(model, tokenizer, [e], gist_condition, max_new_tokens=32)
-        right["gist"] += texts[0] == e.record["output"]
+
+    model, tokenizer, config = eval.open_run(flags.gist_run)
+    n, condition = config["n_gist"], config["condition"]
+    for r in records:
+        e = eval.lay_out(r["instruction"], r["input"], tokenizer, config)
+        texts = eval.answer(model, tokenizer, [e], condition, max_new_tokens=32)
+        right["gist"] += texts[0] == r["output"]
 
     model, tokenizer, config = eval.open_run(flags.whole_run)
-    device, gist_id = model.embedding.weight.device, tokenizer.gist_id
-    answer = partial(model.generate, max_new_tokens=32, eos_id=tokenizer.eos_id)
-    for record in records:
-        e = data.layout(record, tokenizer, config["n_gist"])
-        prompt, given = (torch.tensor([ids], device=device) for ids in (e.prompt, e.input))
-        attended = attention_to_columns(model, prompt, gist_id, config["condition"])
-        whole = eval.compress_prompts(model, prompt, None, gist_id, config["condition"])
+    condition = config["condition"]
+    for r in records:
+        e = eval.lay_out(r["instruction"], r["input"], tokenizer, config)
+        prompt = eval.prompts_of([e], tokenizer, model.embedding.weight.device)
+        attended = attention_to_columns(model, *prompt, condition)
+        whole = eval.compress_prompts(model, *prompt, condition)
+        if whole.length < len(e.prompt):
+            raise data.DataError(f"{flags.whole_run}: it hides the prompt; give a pos_control run")
         for way, keep in WAYS.items():
-            ids = answer(given, cache=keep(whole, n, attended))[0]
-            right[way] += tokenizer.decode(ids).strip() == record["output"]
+            cache = keep(whole, n, attended)
+            texts = eval.answer(model, tokenizer, [e], condition, 32, cache)
+            right[way] += texts[0] == r["output"]
     for way, count in right.items():
         print(f"{way:10}{100 * count / len(records):6.1f} % exact match")
 

@@ -194,6 +194,10 @@ HARD = [
     "ends with newline\n",
     "{}[]()<>|\\/~`^",
 ]
+ADDED = [
+    "if x:\n    return 1\n        # six      spaces, five     spaces",
+    "<think>\n\nI don't</think>  <|late|>  日本<|end|>don'tthink <think</think>",
+]
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -228,8 +232,11 @@ def sentencepiece_model(file, kind, size):
         )
 
 
-def byte_level_bpe(folder, pre_tokenizer, **how):
-    """A tokenizer.json, with a token for every byte or, as SmolLM2's, for those that came up."""
+def byte_level_bpe(folder, pre_tokenizer, text_tokens=(), **how):
+    """A tokenizer.json, with a token for every byte or, as SmolLM2's, for those that came up.
+
+    text_tokens: added tokens that are not special.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, trainers
 
     t = Tokenizer(models.BPE())
@@ -240,7 +247,7 @@ def byte_level_bpe(folder, pre_tokenizer, **how):
             vocab_size=420, special_tokens=["<|end|>", "<|start|>"], show_progress=False, **how
         ),
     )
-    t.add_tokens([AddedToken("<|late|>", special=True)])
+    t.add_tokens([AddedToken("<|late|>", special=True), *text_tokens])
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=t, bos_token="<|start|>", eos_token="<|end|>"
     )
@@ -248,18 +255,19 @@ def byte_level_bpe(folder, pre_tokenizer, **how):
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
 
 
-def expect(folder, reference):
+def expect(folder, reference, texts=HARD):
     """Write down the reference's ids of hard strings, and its text of ids, some of no text."""
     ids = [
-        reference.encode(text, add_special_tokens=False, split_special_tokens=True) for text in HARD
+        reference.encode(text, add_special_tokens=False, split_special_tokens=True)
+        for text in texts
     ]
     rows = ids + [row[1::2] for row in ids] + [list(range(3, 40)), list(range(100, 140))]
-    texts = [
+    decoded = [
         reference.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for row in rows
     ]
     (folder / "expected.json").write_text(
-        json.dumps({"ids": list(zip(HARD, ids)), "texts": list(zip(texts, rows))})
+        json.dumps({"ids": list(zip(texts, ids)), "texts": list(zip(decoded, rows))})
     )
 
 
@@ -304,8 +312,15 @@ def tokenizers():
         pre.Sequence([cut, pre.ByteLevel(add_prefix_space=False, use_regex=False)]),
         initial_alphabet=pre.ByteLevel.alphabet(),
     )
-    for name in ("plain", "digits", "llama3"):
-        expect(root / name, transformers.PreTrainedTokenizerFast.from_pretrained(root / name))
+    byte_level_bpe(
+        root / "added",
+        pre.ByteLevel(add_prefix_space=False),
+        text_tokens=["  ", "    ", "<think>", "</think>", "日本", "don't", "\n\n"],
+        initial_alphabet=pre.ByteLevel.alphabet(),
+    )
+    for name in ("plain", "digits", "llama3", "added"):
+        reference = transformers.PreTrainedTokenizerFast.from_pretrained(root / name)
+        expect(root / name, reference, HARD + ADDED if name == "added" else HARD)
 
     file = root / "tiktoken" / "tokenizer.model"
     file.parent.mkdir(exist_ok=True)
