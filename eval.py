@@ -365,8 +365,9 @@ def rouge(prediction, reference):
     }
 
 
-def f_measure(overlap, both):
-    return 2 * overlap / both if overlap else 0.0
+def f_measure(overlap, total):
+    """2PR / (P + R), from the overlap and |A| + |B|."""
+    return 2 * overlap / total if overlap else 0.0
 
 
 def lcs_length(a, b):

@@ -17,6 +17,7 @@ import profile
 import re
 from collections import Counter
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -44,7 +45,8 @@ def same(what: str, got, expected) -> None:
         same_kind(what, got, expected)
         assert got.dtype == expected.dtype, f"{what}: expected {expected.dtype}, got {got.dtype}"
         got, expected = got.tolist(), expected.tolist()
-    assert got == expected, f"{what}: expected\n{expected}, got\n{got}"
+    space = " " if isinstance(expected, int) else "\n"
+    assert got == expected, f"{what}: expected{space}{expected}, got{space}{got}"
 
 
 def close(what: str, got, expected, tolerance=1e-4) -> None:
@@ -116,7 +118,7 @@ def a_new_table(entries):
 # Every entry of these differs from its mirror image, or from those of the paper's conditions.
 NEW_TABLES = [[[0, 1, 0], [0, 1, 1], [1, 0, 1]], [[1, 0, 1], [1, 0, 0], [0, 1, 0]]]
 
-# ---- 1. Segments, and the mask of a decoder ----
+# ---- 1. Segments, and the masks ----
 
 
 def check_segments():
@@ -135,6 +137,27 @@ def check_segments_of_a_batch():
     rows = torch.tensor([[3, 9, 5, 6], [3, 4, 9, 6], [5, 6, 7, 8]])
     expected = torch.tensor([[1, 2, 3, 3], [1, 1, 2, 3], [3, 3, 3, 3]])
     same("segments of three rows", gist_mask.segments(rows, gist_id=9), expected)
+
+
+def check_encoder_mask():
+    """Without a causal part, tokens see later ones, too."""
+    row = torch.tensor([[P, P, G, In, In]])
+    for condition, rows in [
+        ("gist", "111.. 111.. 111.. ..111 ..111"),
+        ("pos_control", "11111 11111 11111 11111 11111"),
+        ("neg_control", "111.. 111.. 111.. ...11 ...11"),
+    ]:
+        mask = gist_mask.encoder_mask(row, condition)
+        same_mask("encoder_mask", mask, row, condition, picture(rows))
+
+
+def check_encoder_mask_of_padded_rows():
+    for seed in range(5):
+        rows = ragged_rows(seed)
+        with a_new_table(NEW_TABLES[0]) as name:
+            for condition in ("gist", "neg_control", name):
+                mask = gist_mask.encoder_mask(rows, condition)
+                same_mask("encoder_mask", mask, rows, condition, slow_encoder_mask(rows, condition))
 
 
 def check_decoder_mask():
@@ -194,28 +217,7 @@ def check_positions_of_padded_rows():
         same(f"positions of\n{rows}\n", gist_mask.positions(rows), slow_positions(rows))
 
 
-# ---- 3. T5's two masks ----
-
-
-def check_encoder_mask():
-    """Without a causal part, tokens see later ones, too."""
-    row = torch.tensor([[P, P, G, In, In]])
-    for condition, rows in [
-        ("gist", "111.. 111.. 111.. ..111 ..111"),
-        ("pos_control", "11111 11111 11111 11111 11111"),
-        ("neg_control", "111.. 111.. 111.. ...11 ...11"),
-    ]:
-        mask = gist_mask.encoder_mask(row, condition)
-        same_mask("encoder_mask", mask, row, condition, picture(rows))
-
-
-def check_encoder_mask_of_padded_rows():
-    for seed in range(5):
-        rows = ragged_rows(seed)
-        with a_new_table(NEW_TABLES[0]) as name:
-            for condition in ("gist", "neg_control", name):
-                mask = gist_mask.encoder_mask(rows, condition)
-                same_mask("encoder_mask", mask, rows, condition, slow_encoder_mask(rows, condition))
+# ---- 3. The mask of the cross-attention ----
 
 
 def check_cross_mask():
@@ -435,7 +437,19 @@ def small_model(arch):
             weight.data.normal_(0, 0.6, generator=generator)
         else:
             weight.data.fill_(1)
+    if arch == "llama":
+        network.generate = partial(generate_with_room, network.generate)
     return network.eval()
+
+
+def generate_with_room(generate, tokens, mask=None, *others, max_new_tokens=256, **options):
+    """`Llama.generate`, which says so if its mask lacks the tokens to be written."""
+    T = tokens.shape[1]
+    assert mask is None or mask.shape[2] == T + max_new_tokens, (
+        f"generate reads {T} tokens and writes {max_new_tokens}: its mask has to have a row for "
+        f"each of the {T + max_new_tokens}, got {mask.shape[2]}; see `n_new` of `masking`"
+    )
+    return generate(tokens, mask, *others, max_new_tokens=max_new_tokens, **options)
 
 
 def questions(arch, start=PROMPT):
@@ -628,7 +642,8 @@ def check_rouge():
 def check_rouge_is_symmetric():
     for prediction, reference, *_ in BY_HAND:
         there, back = eval.rouge(prediction, reference), eval.rouge(reference, prediction)
-        assert there == back, f"F of {prediction!r} and {reference!r} is the same both ways"
+        what = f"F of {prediction!r} and {reference!r} has to be the same both ways"
+        assert there == back, f"{what}: got {there} and {back}"
 
 
 # ---- 9. FLOPs ----

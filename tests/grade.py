@@ -5,7 +5,8 @@
 
 A task's points are shared by its checks. A task that is not done yet hides no other: its functions
 are replaced by the oracles of tests/checks.py while others are checked. Where a task builds on
-another, as TASKS.md says, the other's functions stay, and it is told which it still needs.
+another, as TASKS.md says, the other's functions stay, and it is told which it still needs. Oracles
+are no answers: a file that uses tests/checks.py is not graded.
 
 Ctrl-C ends the grading, says where the program was (in a loop without an end?), and prints what was
 graded before. The exit status is 0 if all checks pass, 1 if not.
@@ -33,7 +34,7 @@ def load_tasks() -> dict[int, dict]:
         return {int(number): task for number, task in json.loads(FILE.read_text()).items()}
     from tests.handout import TASKS, as_json
 
-    return {number: as_json(TASKS[number], TASKS) for number in TASKS}
+    return {number: as_json(TASKS[number]) for number in TASKS}
 
 
 def file_of(name: str) -> tuple[str, str]:
@@ -120,6 +121,10 @@ def grade(number: int, tasks: dict[int, dict]) -> dict[str, str]:
     from tests import checks
 
     files = {file_of(name)[0] for name in tasks[number]["functions"]}
+    for file in sorted(files):
+        if re.search(r"\btests\b.*\bchecks\b", (ROOT / file).read_text(encoding="utf-8")):
+            says = f"{file} uses tests/checks.py: write an answer of your own"
+            return dict.fromkeys(tasks[number]["checks"], says)
     with replaced(number, tasks):
         return {
             name: outcome(getattr(checks, name), number, files) for name in tasks[number]["checks"]
@@ -202,6 +207,9 @@ def main():
 
 
 if __name__ == "__main__":
+    if not __package__:  # as a script, Python does not find the project's files
+        print("start it in the project's folder: python -m tests.grade", file=sys.stderr)
+        sys.exit(2)
     try:
         import data
         from tests import checks  # noqa: F401

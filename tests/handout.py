@@ -16,9 +16,14 @@ import argparse
 import ast
 import json
 import shutil
+import sys
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
+
+if not __package__:  # as a script, Python does not find the project's files
+    print("start it in the project's folder: python -m tests.handout DEST", file=sys.stderr)
+    sys.exit(2)
 
 import data
 from tests.grade import ROOT, file_of
@@ -36,9 +41,8 @@ class Task:
     read: list[str]  # before writing
     write: str  # what the docstrings do not say
     needs: list[int] = field(default_factory=list)  # tasks whose functions its checks call
-    # What would show the answer: functions that lose their bodies, too, if no other task has them;
-    # docstrings, and what stands there instead; paragraphs with a text, as (file, text); files.
-    shown_by: list[str] = field(default_factory=list)
+    # What would show the answer: docstrings, and what stands there instead; paragraphs with a text,
+    # as (file, text); files.
     docstrings: dict[str, str] = field(default_factory=dict)
     hides: list[tuple[str, str]] = field(default_factory=list)
     leaves_out: list[str] = field(default_factory=list)
@@ -47,17 +51,19 @@ class Task:
 OWN = "tests.exercises.own_condition"
 TASKS = {
     1: Task(
-        "The segments of a row, and a decoder's mask",
-        functions=["gist_mask.segments", "gist_mask.decoder_mask"],
+        "The segments of a row, and the masks",
+        functions=["gist_mask.segments", "gist_mask.encoder_mask", "gist_mask.decoder_mask"],
         checks=[
             "check_segments",
             "check_segments_of_a_batch",
+            "check_encoder_mask",
+            "check_encoder_mask_of_padded_rows",
             "check_decoder_mask",
             "check_decoder_mask_of_padded_rows",
             "check_decoder_mask_of_a_new_condition",
         ],
-        minutes=25,
-        points=10,
+        minutes=30,
+        points=11,
         read=[
             "the paper's section 3 and Figure 2",
             'README, "How the mask works"',
@@ -68,15 +74,16 @@ TASKS = {
         3, 4, 9, 9, 5, 6 are prompt, prompt, gist, gist, input, input. Mind rows without a gist
         token, and that the input begins after the *last* one.
 
-        `decoder_mask` says for every pair of a query and a key whether the query may look at the
+        `encoder_mask` says for every pair of a query and a key whether the query may look at the
         key. Look the pair's segments up in `table(condition)`, which has a row and a column for
         each of the five labels; all pairs at once, by indexing with two tensors that broadcast to
-        (B, T, T). In a decoder no token sees a later one. And every token sees itself, padding too:
-        a row of nothing but False would make the softmax divide zero by zero. The mask of an
-        encoder, `encoder_mask`, is the same without the causal part. Write the lookup once, here or
-        there, and let one function call the other.
+        (B, T, T). Then add a dimension for the heads: (B, 1, T, T). Every token sees itself,
+        padding too: a row of nothing but False would make the softmax divide zero by zero. T5's
+        encoder reads the prompt, the gist and the input at once, so all nine entries of a table
+        count.
+
+        `decoder_mask` is the same, but no token sees a later one.
         """,
-        shown_by=["gist_mask.encoder_mask"],
         hides=[("gist_mask.py", "mask[q, k] = "), ("README.md", "table(condition)[")],
     ),
     2: Task(
@@ -98,24 +105,17 @@ TASKS = {
         """,
     ),
     3: Task(
-        "The masks of an encoder-decoder",
-        functions=["gist_mask.encoder_mask", "gist_mask.cross_mask"],
-        checks=[
-            "check_encoder_mask",
-            "check_encoder_mask_of_padded_rows",
-            "check_cross_mask",
-            "check_cross_mask_of_padded_rows",
-        ],
-        minutes=15,
-        points=5,
+        "The mask of the cross-attention",
+        functions=["gist_mask.cross_mask"],
+        checks=["check_cross_mask", "check_cross_mask_of_padded_rows"],
+        minutes=10,
+        points=4,
         read=['README, "How the mask works"', "`table` in gist_mask.py"],
         write="""
-        T5's encoder reads the prompt, the gist and the input at once, so all nine entries of a
-        table count: nothing is causal. Its decoder looks at the encoder's output through cross-
-        attention, and may see of it what an input token may see. Padding is never seen, START
-        always (`table` knows both).
+        T5's decoder looks at the encoder's output through cross-attention, and may see of it what
+        an input token may see. The same mask says which columns a cache keeps of a prompt. Padding
+        is never seen, START always (`table` knows both).
         """,
-        hides=[("gist_mask.py", "mask[q, k] = "), ("README.md", "table(condition)[")],
     ),
     4: Task(
         "The targets of a batch",
@@ -132,10 +132,12 @@ TASKS = {
         Make three tensors of a list of examples. A decoder reads prompt, input and output as one
         row and predicts the next token, but only the output is to be learned: where a token is read
         after which an output token comes, `targets` has that output token; everywhere else,
-        IGNORE_INDEX. So the first label stands at the last token of the input. The output's tokens
-        belong to the segment INPUT. Rows are filled up on the right: tokens with `pad_id`, segments
-        with PADDING, targets with IGNORE_INDEX. For T5 (`example.arch`), the output is not in the
-        row, and its own tokens are the targets; the model shifts them itself.
+        IGNORE_INDEX. So the first label stands at the last token of the input. `tokens` holds the
+        whole row; its last token has no label, so all three tensors have one length (micro.py cuts
+        the last column instead). The output's tokens belong to the segment INPUT. Rows are filled
+        up on the right: tokens with `pad_id`, segments with PADDING, targets with IGNORE_INDEX. For
+        T5 (`example.arch`), the output is not in the row, and its own tokens are the targets; the
+        model shifts them itself.
         """,
     ),
     5: Task(
@@ -200,6 +202,13 @@ TASKS = {
         the labels in nats, from fp32 logits, and a *sum*: what it is to be divided by is known only
         when all parts of a batch have been counted.
         """,
+        # Their losses differ from `batch_loss` by another mask, a cache or another model.
+        leaves_out=[
+            "tests/exercises/accumulating_gists.py",
+            "tests/exercises/cartridge.py",
+            "tests/exercises/distillation.py",
+            "tests/exercises/several_gists.py",
+        ],
     ),
     7: Task(
         "Keep the gist, and answer from it",
@@ -233,12 +242,13 @@ TASKS = {
         padding on the right.
 
         `left_padded` makes tensors of rows and of their labels with `data.pad`, padded on the left
-        (labels with PADDING). `answer` gives `model.generate` such rows, and the arguments that
-        `gist_mask.masking` makes; its `n_new` are the tokens to be written. Without a cache, a row
-        is prompt and input; with one, the input alone. An answer ends at `tokenizer.eos_id`. Decode
-        each one and strip it of white space. Both ways have to give the same tokens: that is the
-        whole point.
+        (labels with PADDING), on the device that it is given: the model's. `answer` gives
+        `model.generate` such rows, and the arguments that `gist_mask.masking` makes; its `n_new`
+        are the tokens to be written. Without a cache, a row is prompt and input; with one, the
+        input alone. An answer ends at `tokenizer.eos_id`. Decode each one and strip it of white
+        space. Both ways have to give the same tokens: that is the whole point.
         """,
+        leaves_out=["tests/exercises/live_table.py", "tests/exercises/several_gists.py"],
     ),
     8: Task(
         "The longest common subsequence, and ROUGE-L",
@@ -444,16 +454,17 @@ def statements(tree: ast.AST) -> set[str]:
 # ---- The handout ----
 
 
-def functions_of(task: Task, chosen: dict[int, Task]) -> list[str]:
-    """Those that it empties: its own, and those that show the answer and are no chosen task's."""
-    others = [name for other in chosen.values() for name in other.functions]
-    return task.functions + [name for name in task.shown_by if name not in others]
+NOTE = """\
+*This is an assignment: begin with TASKS.md. The tests, what makes the results, and exercises that \
+would show an answer are not in this copy.*
+
+"""
 
 
-def as_json(task: Task, chosen: dict[int, Task]) -> dict:
+def as_json(task: Task) -> dict:
     """What tests/grade.py needs to know of a task."""
-    known = {name: getattr(task, name) for name in ("title", "needs", "checks", "points")}
-    return known | {"functions": functions_of(task, chosen)}
+    known = ("title", "functions", "needs", "checks", "points")
+    return {name: getattr(task, name) for name in known}
 
 
 def make_handout(chosen: dict[int, Task]) -> dict[str, bytes]:
@@ -465,7 +476,7 @@ def make_handout(chosen: dict[int, Task]) -> dict[str, bytes]:
                 files[path.relative_to(ROOT).as_posix()] = path.read_bytes()
     answers = set()
     for number, task in chosen.items():
-        for name in functions_of(task, chosen):
+        for name in task.functions:
             file, function = file_of(name)
             source = files[file].decode()
             answers |= statements(find_function(source, function))
@@ -478,10 +489,10 @@ def make_handout(chosen: dict[int, Task]) -> dict[str, bytes]:
             files[file] = without_paragraph(files[file].decode(), part, note).encode()
     for file in given_away(files, answers, chosen):
         del files[file]
-    table = {number: as_json(task, chosen) for number, task in chosen.items()}
+    table = {number: as_json(task) for number, task in chosen.items()}
     files["tests/tasks.json"] = json.dumps(table, indent=1).encode()
     files["TASKS.md"] = tasks_md(chosen).encode()
-    files["README.md"] = b"*This is an assignment: begin with TASKS.md.*\n\n" + files["README.md"]
+    files["README.md"] = NOTE.encode() + files["README.md"]
     return dict(sorted(files.items()))
 
 
@@ -532,9 +543,9 @@ before you begin.
 - Letters of the shapes: B batch, T tokens of a row, S keys, H heads, D model width, K head width,
   V vocabulary. Labels of tokens: PADDING 0, PROMPT 1, GIST 2, INPUT 3, START 4.
 - Do them in any order. While a task is graded, the functions of the others are replaced by slow
-  ones that are right (at the end of tests/checks.py: compare with them, but write your own,
-  without a loop over tokens or rows of a tensor). Only where a task *builds on* another does it
-  use what you wrote.
+  ones that are right (at the end of tests/checks.py: compare with them, but write your own, without
+  a loop over tokens or rows of a tensor; a file that imports them is not graded). Only where a task
+  *builds on* another does it use what you wrote.
 - A check tells what it expected and what it got. The points of a task are shared by its checks.
 - No function may change its arguments. If one never ends, Ctrl-C stops the grading and tells where
   the program was.
@@ -549,7 +560,7 @@ def tasks_md(chosen: dict[int, Task]) -> str:
     lines.append("|---|---|---|---|---|---|")
     for number, task in chosen.items():
         on = builds_on(task, chosen) or "-"
-        n = sum(n for _, _, n in to_write(task, chosen))
+        n = sum(n for _, _, n in to_write(task))
         lines.append(f"| {number} | {task.title} | {on} | {task.minutes} | {n} | {task.points} |")
     minutes = sum(task.minutes for task in chosen.values())
     points = sum(task.points for task in chosen.values())
@@ -566,15 +577,15 @@ def section(number, task, chosen):
     effort += f", builds on {on}" if on else ""
     lines = [f"## {number}. {task.title}", ""]
     lines += [f"{effort}. Check it with `python -m tests.grade {number}`.", ""]
-    for file, function, n in to_write(task, chosen):
+    for file, function, n in to_write(task):
         lines.append(f"- Write `{function}` in {file} (about {n} {'line' if n == 1 else 'lines'}).")
     lines += [f"- Read {what}." for what in task.read]
     return [*lines, "", textwrap.dedent(task.write).strip()]
 
 
-def to_write(task, chosen):
+def to_write(task):
     """File, name and number of lines of every function that is to be written."""
-    places = [file_of(name) for name in functions_of(task, chosen)]
+    places = [file_of(name) for name in task.functions]
     return [(file, name, code_lines((ROOT / file).read_text(), name)) for file, name in places]
 
 

@@ -25,6 +25,10 @@ WRONG = {
     1: [
         ("gist_mask.segments", "gists_so_far == gists_in_row", "gists_so_far > 0"),  # after the first gist token
         ("gist_mask.segments", "torch.where(is_gist, GIST, prompt_or_input)", "prompt_or_input"),  # the last gist token is input
+        ("gist_mask.encoder_mask", "mask | itself", "mask"),  # a softmax over nothing
+        ("gist_mask.encoder_mask", "sees[query, key]", "sees[key, query]"),
+        ("gist_mask.encoder_mask", "sees[query, key]", "sees[query, key].tril()"),  # causal
+        ("gist_mask.encoder_mask", "(mask | itself)", "(mask | itself) & (key > 0)"),
         ("gist_mask.decoder_mask", ".tril()", ""),  # sees what is to be predicted
         ("gist_mask.decoder_mask", ".tril()", ".tril(-1)"),  # a token does not see itself
         ("gist_mask.decoder_mask", "condition).tril()", "'gist').tril()"),  # one condition for all
@@ -39,10 +43,6 @@ WRONG = {
         ("gist_mask.positions", "before_input.sum", "(before_input & (segments > 0)).sum"),  # right padding only
     ],
     3: [
-        ("gist_mask.encoder_mask", "mask | itself", "mask"),  # a softmax over nothing
-        ("gist_mask.encoder_mask", "sees[query, key]", "sees[key, query]"),
-        ("gist_mask.encoder_mask", "sees[query, key]", "sees[query, key].tril()"),  # causal
-        ("gist_mask.encoder_mask", "(mask | itself)", "(mask | itself) & (key > 0)"),
         ("gist_mask.cross_mask", "[INPUT]", "[GIST]"),  # the gist's row
         ("gist_mask.cross_mask", "[INPUT]", "[:, INPUT]"),  # the input's column
         ("gist_mask.cross_mask", "sees[segments]", "(segments >= GIST)"),  # right under `gist` only
@@ -195,6 +195,12 @@ def test_a_wrong_answer_fails(number, name, right, wrong, monkeypatch, project):
     assert says and "not done" not in says and "needs" not in says
 
 
+def test_a_mask_without_the_tokens_to_be_written_is_named(monkeypatch, project):
+    source = source_of("eval.answer", project).replace(", n_new=max_new_tokens", "")
+    put_in(monkeypatch, "eval.answer", source)
+    assert "see `n_new`" in grade.grade(7, GRADED)["check_answers_of_whole_rows"]
+
+
 def test_every_task_has_at_least_three_wrong_answers():
     assert WRONG.keys() == TASKS.keys() and min(map(len, WRONG.values())) >= 3
 
@@ -314,10 +320,11 @@ def test_exercises_with_an_answer_are_left_out_and_those_that_import_them(files)
     assert "tests/exercises/attention.py" in only_flops
 
 
-def test_one_task_alone_does_not_get_its_answer_from_a_neighbor():
-    alone = handout.make_handout({1: TASKS[1]})["gist_mask.py"].decode()
-    assert alone.count('raise NotImplementedError("task 1') == 3  # encoder_mask has the same lookup
-    assert "sees[segments]" in alone  # cross_mask stays
+def test_no_exercise_shows_a_loss_or_how_to_compress(files):
+    for name in files:
+        if name.startswith("tests/exercises/") and name != "tests/exercises/micro.py":
+            text = files[name].decode()
+            assert "label_logits" not in text and "compress(tokens" not in text.lower(), name
 
 
 def test_tasks_md_says_what_to_write_and_to_read(files, project):
@@ -390,6 +397,30 @@ def test_a_handout_is_graded_where_it_lies(tmp_path):
     assert done.returncode == 0 and "10 of 10" in done.stdout
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "from tests.checks import slow_positions\n    return slow_positions(segments)",
+        "from tests import checks\n    return checks.slow_positions(segments)",
+        "import tests.checks as c\n    return c.slow_positions(segments)",
+    ],
+)
+def test_an_oracle_is_no_answer(answer, monkeypatch, tmp_path):
+    source = (handout.ROOT / "gist_mask.py").read_text()
+    (tmp_path / "gist_mask.py").write_text(source.replace("return columns - n_before", answer))
+    monkeypatch.setattr(grade, "ROOT", tmp_path)
+    says = grade.grade(2, {2: GRADED[2]})
+    assert set(says.values()) == {"gist_mask.py uses tests/checks.py: write an answer of your own"}
+
+
+@pytest.mark.parametrize("program", ["grade", "handout"])
+def test_started_as_a_script_it_says_how_to_start_it(program, tmp_path):
+    command = [sys.executable, f"tests/{program}.py", str(tmp_path / "new")]
+    done = subprocess.run(command, cwd=handout.ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert f"in the project's folder: python -m tests.{program}" in done.stderr
+
+
 def test_a_file_that_python_cannot_read_is_named_in_one_line(tmp_path):
     handout.write(handout.make_handout({2: TASKS[2]}), tmp_path / "handout")
     with open(tmp_path / "handout" / "gist_mask.py", "a") as file:
@@ -430,6 +461,6 @@ def test_the_table_shows_what_is_missing(monkeypatch):
     with redirect_stdout(text):
         grade.print_grades(outcomes, GRADED)
     lines = text.getvalue().splitlines()
-    assert lines[1].endswith("1 of 2    5 of 10") and lines[2].endswith("0 of  5  needs task 1")
-    assert lines[3].split() == "in all 5 of 15".split()
+    assert lines[1].endswith("1 of 2    5 of 11") and lines[2].endswith("0 of  5  needs task 1")
+    assert lines[3].split() == "in all 5 of 16".split()
     assert "task 1, check b:\na is to be b" in text.getvalue()

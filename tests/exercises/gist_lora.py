@@ -15,6 +15,14 @@ the idea of Activation Beacon (Zhang et al. 2024, arXiv 2401.03462) and 500xComp
 
 Nothing in model.py changes. `Llama.hidden` is where all tokens pass, in training, compressing and
 answering, so a subclass can note there which of them are gists.
+
+Exact match and loss on 300 unseen instructions, with the pos_control run of the README, 3,000 steps:
+
+    under the gist mask, as it was      1.7% right, loss 4.91
+    LoRA of rank 16                    65.0% right, loss 0.32
+
+and text without a gist has the very same logits. Two thirds of what a model learns that is trained
+as a whole (90%), from 6% as many weights, and what reads the gist was never changed.
 """
 
 import argparse

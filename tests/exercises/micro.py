@@ -28,7 +28,8 @@ LETTERS = list("abcdefghijklmnop")
 PLACES = {"front": (0, 1), "back": (4, 5), "ends": (0, 5), "middle": (2, 3)}  # of a, b in outputs
 VOCABULARY = [*LETTERS, *PLACES, "G", "="]
 GIST, INPUT, OUTPUT, END = 3, 4, 9, 15  # the columns where the parts of a row begin
-HIDDEN = {"neg_control": INPUT, "pos_control": 0, "gist": GIST}  # so many columns, from the left
+# How many columns, from the left, the input may not see.
+HIDDEN = {"neg_control": INPUT, "pos_control": 0, "gist": GIST}
 D, D_FF, H = 64, 256, 4  # widths of model and feed-forward, number of heads
 
 
@@ -84,7 +85,7 @@ class Transformer(nn.Module):  # knows nothing of gists: it takes a mask and pos
         """tokens: (B, T); positions: (T,). Returns logits (B, T, V), and what a cache may keep."""
         x = self.token[tokens] + self.position[positions]  # (B, T, D) what stands where
         columns = []  # each layer's keys and values, (B, S, 2D)
-        for layer, past in zip(self.layers, cache or [None, None]):
+        for layer, past in zip(self.layers, cache or [None] * len(self.layers)):
             x, kv = layer(x, mask, past)
             columns.append(kv)
         return self.head(x), columns
@@ -116,8 +117,8 @@ def compress(model, prompts):
 
 def answer(model, tokens, condition, gist=None):
     """Write the outputs (B, 6) of rows up to =, (B, OUTPUT), or, from a gist, of inputs alone."""
-    start = OUTPUT - tokens.shape[1]  # the first token's column; p keeps its place, column 4
-    first_key = start if gist is None else GIST  # from a gist: G's column, then p and so on
+    start = OUTPUT - tokens.shape[1]  # the first query's column; from a gist it is 4, that of p
+    first_key = start if gist is None else GIST  # then 3: queries p c f d =, keys G p c f d =
     for end in range(OUTPUT, END):  # the column to write
         mask = gist_mask(condition)[start:end, first_key:end]  # (T, S), part of the whole row's
         logits, _ = model(tokens, torch.arange(start, end), mask, gist)
@@ -137,13 +138,12 @@ def main(steps=800):
         answers = answer(model, tests[:, :OUTPUT], condition)
         right = (answers == tests[:, OUTPUT:]).all(dim=1)  # (1000,) the whole output
         print(f"{condition:11}  {right.float().mean():6.1%} right")
-
     # The last model is the gist's. Compress one prompt, once, and answer 1,000 inputs from it.
     prompt, inputs = tests[:1, :INPUT], tests[:, INPUT:OUTPUT]
     outputs = answer(model, inputs, "gist", compress(model, prompt))
     whole = torch.cat([prompt.expand(1_000, -1), inputs], dim=1)  # the same without a cache
     print("the cached gist changes no answer:", torch.equal(outputs, answer(model, whole, "gist")))
-    print(*[VOCABULARY[token] for token in [*whole[0], *outputs[0]]])
+    print("one of them:", *[VOCABULARY[token] for token in [*whole[0], *outputs[0]]])
 
 
 if __name__ == "__main__":
