@@ -424,6 +424,9 @@ def read_tokenizer_json(file):
     if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
         needed = "add the model's own tokenizer.model or, of a T5, spiece.model"
         raise Unsupported(f"of SentencePiece's kind, which is not read from here; {needed}")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix", "unk_token"):
+        if model.get(key):
+            raise Unsupported(f"{key} {model[key]!r} is not supported")
     if spec.get("normalizer"):
         raise Unsupported(f"normalizer {spec['normalizer']['type']} is not supported")
     pattern, vocab = read_pre_tokenizer(spec["pre_tokenizer"]), model["vocab"]
@@ -448,6 +451,9 @@ def read_tokenizer_json(file):
     if eos_id is None:
         raise ValueError("no eos_token in tokenizer_config.json")
     texts = read_text_tokens(spec["added_tokens"], ids)
+    made = {*order, *(vocab[token] for token in plain if len(token) == 1)}
+    if not model.get("ignore_merges") and not made >= {vocab[token] for token in plain}:
+        raise Unsupported("tokens that no merge makes are not supported")
     gist_id = max(*vocab.values(), *added.values()) + 1
     files = {f.name: f.read_bytes() for f in (file, config)}
     return BPETokenizer(tokens, texts, pattern, bos_id, eos_id, gist_id, files)
@@ -487,6 +493,7 @@ def read_text_tokens(added, special_ids):
 
 ARCHITECTURES = {"llama": (LlamaConfig, Llama), "t5": (T5Config, T5)}  # model_type -> ours
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"I64": torch.int64, "BOOL": torch.bool}  # of buffers
 HF_FILES = (  # the first of them that is there; an index says which file holds which tensor
     "model.safetensors",
     "model.safetensors.index.json",
@@ -1106,6 +1113,7 @@ def save_figure(figure, file):
     """
     for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
         text.set_parse_math(False)
+        text.set_text(text.get_text().encode("utf-8", "replace").decode())  # of strange folders
     with reading(file, "give a file like results.png"), replacing(Path(file)) as f:
         figure.savefig(f, dpi=120, format=Path(file).suffix[1:])
 

@@ -481,7 +481,7 @@ def plot(
         scores = percent(metric) * np.array(list(group.values()))  # (runs, splits)
         mean = scores.mean(axis=0)
         spread = [mean - scores.min(axis=0), scores.max(axis=0) - mean]
-        ax.bar(places + i * width, mean, width, align="edge", yerr=spread, label=label)
+        ax.bar(places + i * width, mean, width, align="edge", yerr=spread, label=f" {label}")
     ax.set_xticks(places + 0.4, data.SPLITS)
     if percent(metric) == 100:
         ax.set(ylabel=f"{metric}, %", ylim=(0, 100))
@@ -576,8 +576,8 @@ def judge_pair(url, timeout, pair):
     settings = limit | {"temperature": 0}
     for _ in range(2):  # what cannot be read, or is refused, is asked for once more
         body = {"model": pair["model"], "messages": messages} | settings
-        status, reply = request(url, body, timeout)
-        if status == 200:
+        is_answered, reply = request(url, body, timeout)
+        if is_answered:
             choice = shown.get(read_choice(reply), "unparsed")
             settings = limit  # by chance, it may reply something else
         else:
@@ -593,7 +593,7 @@ WAIT = 0.5  # seconds after the first failure; about twice as long after the nex
 
 
 def request(url, body, timeout):
-    """Status and text of the endpoint's reply, which is asked again if it is busy or breaks off.
+    """Did the model answer, and what; or why not. A busy endpoint is asked again.
 
     Raises what went wrong at last. The key is never shown.
     """
@@ -610,12 +610,13 @@ def request(url, body, timeout):
             if not isinstance(problem, (TimeoutError, ConnectionResetError, IncompleteRead)):
                 raise
             continue
-        if status == 200:
-            return status, message_of(content)
+        message = message_of(content)
+        if status == 200 and message is not None:
+            return True, message
         text = content.decode(errors="replace").replace(key or "KEY", "KEY")
         problem = data.one_line(f"HTTP status {status}: {text}")
         if status != 429 and status < 500:
-            return status, problem
+            return False, problem
     raise OSError(problem)
 
 
@@ -629,19 +630,19 @@ class AnyStatus(urllib.request.HTTPErrorProcessor):
 
 
 def message_of(completion):
-    """What a chat completion says, or "" if there is none."""
+    """What a chat completion says; None if it is none."""
     try:
-        content = json.loads(completion)["choices"][0]["message"]["content"]
+        content = json.loads(completion)["choices"][0]["message"].get("content")
         if isinstance(content, list):
             content = "".join(part["text"] for part in content)
         return content or ""
     except Exception:
-        return ""
+        return None
 
 
 # A verdict is the value of a key, in whatever notation, or a first short sentence, like "Answer A."
 # It is not the A of "A" or "B".
-VALUE = r"\W*[:=]\W*(?:answer |assistant )?(a|b|tie)\b(?!\W+(?:or|b|tie)\b)"
+VALUE = r"\W*[:=]\W*(?:answer |assistant )?(a|b|tie)\b(?!\W+(?:or|b|tie)\b|[ ,]+\w)"
 BEFORE = "the|my|final|better|best|answer|assistant|choice|verdict|winner|it|s|is|a(?= tie)"
 CHOICES = [
     "choice" + VALUE,
@@ -653,10 +654,12 @@ CHOICES = [
 def read_choice(reply):
     """The verdict of a reply as it was shown: "a", "b" or "tie"; None if there is none."""
     text = reply.lower().rpartition("</think>")[2]
+    if "<think>" in text:  # it has not come to an end
+        return None
     for pattern in CHOICES:
         found = re.findall(pattern, text)
         if found:
-            return found[-1]
+            return found[0]
     return None
 
 
@@ -677,7 +680,7 @@ def winrate_of(file):
     file: ours or, as the paper's, one JSON object. What has no verdict is not in the rate.
     """
     with data.reading(file, "make judgments with eval.py judge"):
-        content = Path(file).read_bytes()
+        content = data.read_utf8(Path(file))
         is_ours = content.startswith(b'{"row": ')
         results = read_lines(content) if is_ours else json.loads(content)["results"]
         found = Counter(r["choice"].lower() for r in results)

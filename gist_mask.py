@@ -161,6 +161,8 @@ def masking(
             raise ValueError("a cache needs segments: make it with compress_prompts")
         cached = cache.expand(len(segments)).segments  # (B, C)
         check_cache(model, cached, segments, condition)
+        if ((positions(segments) < 0) & (segments != PADDING)).any():
+            raise ValueError("a cache ends where the input begins, but other tokens follow it")
         C, row = cache.length, torch.cat([cached, segments], dim=1)  # the whole row
     if hasattr(model, "encoder"):
         arguments = {

@@ -214,6 +214,7 @@ def fit(
             if step % config.save_every == 0 and not is_last:
                 save(out_dir, model, tokenizer, optimizers, gisting)
         save(out_dir, model, tokenizer, optimizers, gisting, is_end=True)
+    model.eval()
     return stopped
 
 
@@ -341,6 +342,8 @@ def make_optimizers(model, config):
         AdamW: dict(betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True),
         Muon: dict(defaults={"lr": config.muon_lr, "momentum": 0.9}),
     }
+    if not any(groups.values()):
+        raise DataError("no weight is to be trained: set requires_grad of some")
     return [kind(list(some.values()), **options[kind]) for kind, some in groups.items() if some]
 
 
@@ -483,8 +486,11 @@ def check_out_dir(out_dir, resume):
         # A run that was stopped before its first checkpoint begins once more.
         has_weights = (out_dir / "model.safetensors").exists()
         is_new_run = (out_dir / LOG).exists() and not has_weights
-        if not (out_dir / CHECKPOINT).exists() and not is_new_run:
-            raise DataError(f"{out_dir}: nothing to resume; start without --resume")
+        if not (out_dir / CHECKPOINT).exists():
+            if any(out_dir.glob("checkpoint-*")):
+                raise DataError(f"{out_dir}: begun with an older version; give another --out_dir")
+            if not is_new_run:
+                raise DataError(f"{out_dir}: nothing to resume; start without --resume")
     elif out_dir.exists() and any(out_dir.iterdir()):
         raise DataError(
             f"{out_dir} is not empty: give another --out_dir; or, if it holds another run, go on "
@@ -566,19 +572,22 @@ def load_checkpoint(file, model, optimizers, gisting):
 
 
 def draw_losses(runs, file):
-    """Draw the logs of runs: the mean of the last 50 losses, and those of validation."""
+    """Draw the logs of runs: the mean of the last 50 losses, and those of validation.
+
+    Labels begin with a space, as matplotlib leaves out those that begin with "_".
+    """
     figure, ax = data.new_figure(6, 3.5)
     for out_dir in runs:
         log = Path(out_dir) / LOG
         with data.reading(log, "give a run of train.py"):
-            entries = [json.loads(line) for line in log.read_text().splitlines()]
+            entries = [json.loads(line) for line in data.read_utf8(log).splitlines()]
             losses = [entry["loss"] for entry in entries]
         steps = range(1, len(losses) + 1)
-        ax.plot(steps, [fmean(losses[max(0, n - 50) : n]) for n in steps], label=out_dir)
+        ax.plot(steps, [fmean(losses[max(0, n - 50) : n]) for n in steps], label=f" {out_dir}")
         for split in data.SPLITS:
             points = {e["step"]: e[f"loss_{split}"] for e in entries if f"loss_{split}" in e}
             if points:
-                ax.plot(points.keys(), points.values(), "o", label=f"{out_dir}, {split}")
+                ax.plot(points.keys(), points.values(), "o", label=f" {out_dir}, {split}")
     ax.set(xlabel="step", ylabel="loss (nats per output token)", ylim=(0, None))
     ax.legend()
     data.save_figure(figure, file)

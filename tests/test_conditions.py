@@ -270,6 +270,16 @@ def test_a_gist_after_the_input_sees_what_no_cache_has_kept(arch):
         answer(model, examples, "gist", cache)
 
 
+def test_a_cache_ends_where_the_input_begins():
+    """A gist in the input's half has positions that the prompt's tokens in the cache have, too."""
+    model = make_model("llama", 0)
+    examples = [make_example(random.Random(n), "llama", n, 1, 3) for n in (2, 4)]
+    late = [replace(e, prompt=e.prompt[:-1], input=[GIST_ID, *e.input]) for e in examples]
+    prompts = [replace(e, segments=[PROMPT] * len(e.prompt)) for e in late]
+    with pytest.raises(ValueError, match="a cache ends where the input begins"):
+        answer(model, late, "pos_control", compress(model, prompts, "pos_control"))
+
+
 @pytest.mark.parametrize("arch", ["llama", "t5"])
 def test_a_new_entry_of_the_table_is_a_condition_everywhere(arch, tmp_path, monkeypatch, capsys):
     """The prompt sees only itself, a gist token its prompt and not itself: trained, evaluated,

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 import data
 import eval as evaluation
 import train
+from model import Llama, LlamaConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -253,3 +255,39 @@ def test_the_picture_of_a_short_run_has_its_mean_loss(tmp_path, monkeypatch):
 
 def test_a_folder_may_be_called_what_matplotlib_takes_for_mathematics(tmp_path, monkeypatch):
     assert len(drawn_lines(tmp_path / r"a $\frac$ of it", [1.0, 2.0], monkeypatch)) == 1
+
+
+def test_an_unfinished_run_of_an_older_version_is_not_begun_once_more(tmp_path):
+    (tmp_path / "checkpoint-44").mkdir()
+    (tmp_path / train.LOG).write_text("{}\n")
+    with pytest.raises(data.DataError, match="older version"):
+        train.check_out_dir(tmp_path, resume=True)
+    assert (tmp_path / train.LOG).read_text() == "{}\n"
+
+
+def test_a_model_that_is_frozen_altogether_is_refused_in_one_line():
+    model = Llama(LlamaConfig(d_model=8, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=8, d_ff=8))
+    config = train.fill_in(train.Config(device="cpu"))
+    with pytest.raises(data.DataError, match="no weight is to be trained"):
+        train.make_optimizers(model.requires_grad_(False), config)
+
+
+def test_muon_leaves_a_matrix_without_a_gradient_alone():
+    model = Llama(LlamaConfig(d_model=8, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=8, d_ff=8))
+    model.init_weights(torch.Generator().manual_seed(0))
+    unused = model.layers[0].attention.wq.weight
+    optimizers = train.make_optimizers(model, train.fill_in(train.Config(device="cpu")))
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    before, unused.grad = unused.clone(), None
+    train.update(optimizers, 1.0)
+    assert torch.equal(unused, before)
+
+
+def test_a_folder_that_begins_with_an_underscore_is_named_in_the_picture(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "_r1"
+    run.mkdir()
+    (run / train.LOG).write_text('\ufeff{"step": 1, "loss": 2.0}\n', encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train.draw_losses(["_r1"], tmp_path / "a.png")  # matplotlib warns of an empty legend

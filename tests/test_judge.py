@@ -198,6 +198,7 @@ READ = [
     ("It's a tie.", "tie"),
     ("B. It is complete.", "b"),
     ("A\n\nB is not complete.", "a"),
+    ('{"choice": "B", "reason": "choice: a good one"}', "b"),
     ("<think>Both are right.</think>\n\nThe winner is B.", "b"),
     ("Both are right, but B is longer.\n\nFinal verdict: **A**", "a"),
 ]
@@ -211,6 +212,8 @@ UNREAD = [
     "Assistant B is not better.",
     "A good question.",
     "I cannot judge this.",
+    "Winner: a tough call",
+    "<think>choice: A. But wait",
     "",
     None,
 ]
@@ -280,6 +283,20 @@ def test_a_pair_that_is_refused_does_not_keep_the_others_from_being_judged(
     server.fault = lambda handler: None
     judge(server, tmp_path, monkeypatch)  # it may be allowed by now
     assert table(capsys)["n"] == "4"
+
+
+@pytest.mark.parametrize("fault, says", [("not json", "<html>"), ("no completion", "choices")])
+def test_what_is_no_chat_completion_is_shown_and_asked_for_again(
+    server, tmp_path, monkeypatch, fault, says
+):
+    """As behind a base_url without /v1: no pair is lost to it."""
+    outputs(tmp_path, 3)
+    server.fault = lambda handler: fault
+    with pytest.raises(data.DataError, match=says):
+        judge(server, tmp_path, monkeypatch, workers=1)
+    server.fault = lambda handler: None
+    judge(server, tmp_path, monkeypatch)
+    assert [r["choice"] for r in verdicts(tmp_path)] == ["a", "b", "a"]
 
 
 @pytest.mark.parametrize("n, tries", [(50, 3), (2, 3)])

@@ -108,7 +108,7 @@ def test_bars_have_a_color_for_every_run_and_reach_their_values(runs, monkeypatc
     figure = drawn(monkeypatch, evaluation.plot, paths, metric="exact_match", out=out)
     heights, _ = bars_of(figure.axes[0])
     assert heights == [[50, 50]] * 4  # seen and unseen, but not human
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == paths
+    assert [t.get_text().strip() for t in figure.legends[0].get_texts()] == paths
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == list(data.SPLITS)
     assert figure.axes[0].get_ylim() == (0, 100)
 
@@ -125,7 +125,7 @@ def test_runs_that_differ_in_their_seed_only_share_a_bar(monkeypatch, tmp_path):
     heights, ranges = bars_of(figure.axes[0])
     assert [row[0] for row in heights] == [pytest.approx(30), pytest.approx(90)]
     assert sorted(ranges)[-2:] == [pytest.approx([20, 40]), pytest.approx([90, 90])]
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a* (2)", "b"]
+    assert [t.get_text().strip() for t in figure.legends[0].get_texts()] == ["a* (2)", "b"]
 
 
 def test_families_are_drawn_with_the_commonest_answer(tmp_path):

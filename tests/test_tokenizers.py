@@ -94,6 +94,14 @@ NOT_SUPPORTED = {  # kinds that we do not have are named, and nobody is sent to 
         },
         "order",
     ),
+    "tokens that no merge makes": (
+        {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": []}},
+        "tokens that no merge makes are not supported",
+    ),
+    "a suffix": (
+        {"model": {"type": "BPE", "end_of_word_suffix": "</w>", "vocab": {}, "merges": []}},
+        "end_of_word_suffix '</w>' is not supported",
+    ),
     "unigrams, as T5's": ({"model": {"type": "Unigram", "vocab": []}}, "of a T5, spiece.model"),
     "bytes for the rest, as LLaMA's": (
         {"model": {"type": "BPE", "byte_fallback": True, "vocab": {}, "merges": []}},
