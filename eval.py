@@ -118,6 +118,7 @@ def left_padded(rows, tokenizer, device):
 # ---- eval.py run: whole splits ----
 
 MAX_TOKENS = 16_384  # at once, answers included: 8 GiB of cache for LLaMA-7B in bfloat16
+MAX_ROWS = 32  # at once; more are no faster on a CPU
 
 
 def evaluate_runs(runs: list[str], **options) -> None:
@@ -198,7 +199,7 @@ def evaluate(
     device = model.embedding.weight.device
     lengths = [len(e) for e in examples]
     n_new = max_new_tokens or max(len(e.output) for e in examples)
-    batch_size = max(1, MAX_TOKENS // (max(lengths) + n_new))
+    batch_size = max(1, min(MAX_ROWS, MAX_TOKENS // (max(lengths) + n_new)))
     loss, answers = 0.0, {}
     for rows in tqdm(data.batch_order(lengths, batch_size, seed=0), leave=False):
         some = [examples[i] for i in rows]
