@@ -92,7 +92,7 @@ def compress_prompts(
     if (segments[:, -1:] == gist_mask.PADDING).any():
         raise ValueError("pad prompts on the left, as their input follows on the right")
     # An input will follow; `masking` looks again when it is there.
-    gist_mask.check_cache(model, segments, torch.tensor(gist_mask.INPUT), condition)
+    gist_mask.check_cache(model, segments, torch.tensor([[gist_mask.INPUT]]), condition)
     # The prompt and its gist see what they saw in training.
     masked = gist_mask.masking(model, segments, condition)
     # Of all that the model has computed, keep what the input sees in any of the rows.

@@ -161,8 +161,6 @@ def masking(
             raise ValueError("a cache needs segments: make it with compress_prompts")
         cached = cache.expand(len(segments)).segments  # (B, C)
         check_cache(model, cached, segments, condition)
-        if ((positions(segments) < 0) & (segments != PADDING)).any():
-            raise ValueError("a cache ends where the input begins, but other tokens follow it")
         C, row = cache.length, torch.cat([cached, segments], dim=1)  # the whole row
     if hasattr(model, "encoder"):
         arguments = {
@@ -181,14 +179,16 @@ def masking(
 def check_cache(model, before: Tensor, after: Tensor, condition: str) -> None:
     """Raise ValueError if a cache cannot stand for a prompt: it would give other answers.
 
-    before, after: segments, of any shape: the prompt's and those of what follows. A cache has been
+    before, after: segments, (B, T) int64, the prompt's and those of what follows. A cache has been
     computed before anything followed, it keeps only what the input sees, and it ends where the
     input begins. So
     - in an encoder, no token of the prompt or the gist may see what follows (a decoder's tokens see
       no later ones anyway);
     - what follows may see nothing of the prompt that the input does not see;
-    - no token of the prompt may be part of the input.
+    - no token of the prompt may be part of the input, and nothing else may follow before it.
     """
+    if ((positions(after) < 0) & (after != PADDING)).any():
+        raise ValueError("a cache ends where the input begins, but other tokens follow it")
     sees = table(condition)
     # The columns of prompt and gist may be gone from the cache, but it was computed with them.
     segments_before = {PROMPT, GIST, *before.unique().tolist()} - {PADDING}
