@@ -787,6 +787,9 @@ def replacing(file):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, file)
+    except OSError as error:
+        error.filename = error.filename or str(file)  # a full disk does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -135,6 +135,8 @@ def evaluate_runs(runs: list[str], **options) -> None:
     finally:  # if a run cannot be evaluated, the table of those before it comes first
         if rows:
             print_table(rows)
+            print("in percent; commonest: of always the most common answer; loss: nats per token")
+    print(f'next: python eval.py compress {path} --instruction TEXT --input TEXT')
 
 
 def evaluate_run(
