@@ -136,7 +136,7 @@ def evaluate_runs(runs: list[str], **options) -> None:
         if rows:
             print_table(rows)
             print("in percent; commonest: of always the most common answer; loss: nats per token")
-    print(f'next: python eval.py compress {path} --instruction TEXT --input TEXT')
+    print(f"next: python eval.py compress {path} --instruction TEXT --input TEXT")
 
 
 def evaluate_run(
@@ -445,10 +445,10 @@ def compress_instruction(model, tokenizer, example, config):
 
 
 def describe(segments, cache):
-    """What one row is and what it takes: "8 prompt + 1 gist tokens, 36.00 KiB of cache"."""
+    """What one row is and what it takes: "8 prompt + 1 gist: 36.00 KiB of cache"."""
     counts = Counter(gist_mask.NAMES[segment] for segment in segments[0].tolist())
     columns = " + ".join(f"{n} {name}" for name, n in counts.items())
-    return f"{columns or 'no'} tokens, {cache.nbytes / 1024:.2f} KiB of cache"
+    return f"{columns or 'nothing'}: {cache.nbytes / 1024:.2f} KiB of cache"
 
 
 # ---- eval.py plot ----

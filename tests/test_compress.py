@@ -82,9 +82,9 @@ def test_what_cannot_be_compressed_is_refused(tmp_path, capsys):
     [
         ("llama", "gist", "2 gist"),
         ("llama", "pos_control", "PROMPT + 2 gist"),
-        ("llama", "neg_control", "no"),
+        ("llama", "neg_control", "nothing"),
         ("t5", "gist", "2 gist"),
-        ("t5", "neg_control", "no"),
+        ("t5", "neg_control", "nothing"),
     ],
 )
 def test_a_control_answers_too_and_says_what_its_cache_keeps(
@@ -97,9 +97,9 @@ def test_a_control_answers_too_and_says_what_its_cache_keeps(
     expected = evaluation.answer(model, tokenizer, [e], condition, 5)[0]
     printed = compress(run, capsys, instruction="Say it.", input=["fox cup"])
     prompt = f"{len(e.prompt) - 2} prompt"
-    assert f"whole prompt: {prompt} + 2 gist tokens, " in printed
+    assert f"whole prompt: {prompt} + 2 gist: " in printed
     assert f"answer  {expected}\n" in printed
-    assert f"kept:         {kept.replace('PROMPT', prompt)} tokens, " in printed
+    assert f"kept:         {kept.replace('PROMPT', prompt)}: " in printed
 
 
 def test_an_encoder_that_sees_everything_cannot_compress(tmp_path, capsys):
@@ -115,9 +115,7 @@ def test_a_run_with_its_first_token_in_sight_is_compressed_with_it(tmp_path, cap
     assert e.segments[0] == gist_mask.START
     expected = evaluation.answer(model, tokenizer, [e], "gist", 5)[0]
     printed = compress(run, capsys, instruction="Say it.", input=["fox cup"])
-    assert (
-        "kept:         1 start + 2 gist tokens, " in printed and f"answer  {expected}\n" in printed
-    )
+    assert "kept:         1 start + 2 gist: " in printed and f"answer  {expected}\n" in printed
 
 
 def test_a_released_gist_model_answers_as_the_run_that_it_was(tmp_path, capsys):
