@@ -12,6 +12,17 @@ and 5 gist tokens fail, and which facts are lost: the first, those in the middle
 number of gist tokens a model is trained on prompts of 1 to 8 facts, and one more under pos_control:
 what the whole prompt in sight gets right is what the model can do, what is missing under it is the
 gist's fault. All are tested with other prompts, 200 for each k.
+
+With --n_gist 1 5 --max_facts 4 --max_steps 1500 (nine minutes on one core), exact match in percent
+for prompts of 1, 2, 3 and 4 facts; one seed:
+
+    gist, 1 token     100   52   38   25
+    gist, 5 tokens    100   48   34   29
+    pos_control       100   49   40   31
+
+All are near 100 / k: after so few steps a model gives one of the values, but not yet the one that
+was asked for, even with the whole prompt in sight. So look at pos_control first: where it fails,
+nothing can be said of the gist. The default trains twice as long; it was not run fully.
 """
 
 import argparse
