@@ -788,7 +788,8 @@ def replacing(file):
             os.fsync(f.fileno())
         os.replace(temporary, file)
     except OSError as error:
-        error.filename = error.filename or str(file)  # a full disk does not say where
+        if error.errno and not error.filename:  # a full disk does not say where
+            error.filename = str(file)
         raise
     finally:
         temporary.unlink(missing_ok=True)
