@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import base64
 import codecs
+import gc
 import hashlib
 import inspect
 import io
@@ -1006,6 +1007,8 @@ def run(main):
     Bad input, and files that cannot be read or written, end it with one line and exit status 2.
     """
     status = 2
+    # A hundred thousand examples are no garbage, and looking through them takes seconds.
+    gc.set_threshold(100_000)
     # What a console cannot show is printed as in a Python string: \u4f60.
     sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -57,14 +57,19 @@ def answer(
     tokenizer: data.Tokenizer,
     examples: list[data.Example],
     condition: str,
-    max_new_tokens: int,
+    max_new_tokens: int | list[int],
     cache: Cache | None = None,
 ) -> list[str]:
     """Answer a batch greedily, under the mask that was trained.
 
-    cache: the examples' prompts, or one prompt for all of them (`compress_prompts`): then only what
+    max_new_tokens: the longest answer in tokens, the same for all examples or one for each. cache:
+    the examples' prompts, or one prompt for all of them (`compress_prompts`): then only what
     follows is read. Raises ValueError where no cache can stand for a prompt (`check_cache`).
     """
+    limits = max_new_tokens
+    if isinstance(limits, int):
+        limits = [limits] * len(examples)
+    n_new = max(limits)
     # What is left to read: the whole row, or what follows the prompt in the cache.
     if cache is None:
         rows = [(e.prompt + e.input, e.segments) for e in examples]
@@ -73,11 +78,11 @@ def answer(
     # Padding stands on the left: an answer begins where its input ends.
     tokens, segments = left_padded(rows, tokenizer, model.embedding.weight.device)
     # The answer is part of the input: it sees what the input sees.
-    masked = gist_mask.masking(model, segments, condition, cache, n_new=max_new_tokens)
+    masked = gist_mask.masking(model, segments, condition, cache, n_new=n_new)
     new = model.generate(
-        tokens, **masked, cache=cache, max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id
+        tokens, **masked, cache=cache, max_new_tokens=n_new, eos_id=tokenizer.eos_id
     )
-    return [tokenizer.decode(ids).strip() for ids in new]
+    return [tokenizer.decode(ids[:limit]).strip() for ids, limit in zip(new, limits)]
 
 
 @torch.no_grad()
@@ -151,7 +156,7 @@ def evaluate_run(
 
     data_dir: a directory in the Alpaca+ layout, or builtin (default: the training's)
     max_length: longest example in tokens (default: the training's)
-    max_new_tokens: longest answer in tokens (default: that of the split's longest reference)
+    max_new_tokens: longest answer in tokens (default: the training's generation_max_length)
     opening: see `open_run`
 
     Raises data.DataError.
@@ -159,16 +164,19 @@ def evaluate_run(
     model, tokenizer, config = open_run(path, **opening)
     folder = data_dir or config["data"]
     records = data.load_instructions(folder, config["seed"])
-    layout = (config["n_gist"], config["arch"], config["see_start"])
-    longest = (max_length or config["max_length"], config["max_target"])
+    if max_length:
+        config |= {"max_length": max_length, "max_length_human": max_length}
     scores = {}
     for split in data.SPLITS:
-        examples, skipped = data.make_examples(records[split], tokenizer, *layout, *longest)
+        layout = train.layout_options(config, split)
+        examples, skipped = data.make_examples(records[split], tokenizer, **layout)
         if skipped:
             print(f"{path} {split}: {skipped} examples are beyond --max_length: skipped")
         if examples:
-            condition = config["condition"]
-            loss, answers = evaluate(model, tokenizer, examples, condition, max_new_tokens)
+            end = config["generation_max_length"]
+            loss, answers = evaluate(
+                model, tokenizer, examples, config["condition"], max_new_tokens, end
+            )
             write_outputs(
                 Path(path) / f"outputs-{split}.csv", [e.record for e in examples], answers
             )
@@ -181,7 +189,7 @@ def evaluate_run(
         )
     for split in set(data.SPLITS) - scores.keys():  # of an evaluation before this one
         (Path(path) / f"outputs-{split}.csv").unlink(missing_ok=True)
-    metrics = config | {"data": folder, "max_length": longest[0]} | scores
+    metrics = config | {"data": folder} | scores
     data.write_file(Path(path) / "metrics.json", json.dumps(metrics, indent=1).encode())
     return metrics
 
@@ -193,24 +201,40 @@ def evaluate(
     examples: list[data.Example],
     condition: str,
     max_new_tokens: int | None = None,
+    generation_max_length: int | None = None,
 ) -> tuple[float, list[str]]:
     """The mean loss per output token (nats), and an answer to every example.
 
-    max_new_tokens: longest answer in tokens (default: that of the longest output)
+    max_new_tokens: longest answer in tokens (default: that of the longest output, or up to
+    generation_max_length, as in `answer_limits`)
     """
     device = model.embedding.weight.device
     lengths = [len(e) for e in examples]
-    n_new = max_new_tokens or max(len(e.output) for e in examples)
-    batch_size = max(1, min(MAX_ROWS, MAX_TOKENS // (max(lengths) + n_new)))
+    limits = answer_limits(examples, max_new_tokens, generation_max_length)
+    batch_size = max(1, min(MAX_ROWS, MAX_TOKENS // (max(lengths) + max(limits))))
     loss, answers = 0.0, {}
     for rows in tqdm(data.batch_order(lengths, batch_size, seed=0), leave=False):
         some = [examples[i] for i in rows]
         batch = data.collate(some, tokenizer.pad_id)
         batch = {key: x.to(device) for key, x in batch.items()}
         loss += train.batch_loss(model, batch, condition).item()
-        answers |= zip(rows, answer(model, tokenizer, some, condition, n_new))
+        some_limits = [limits[i] for i in rows]
+        answers |= zip(rows, answer(model, tokenizer, some, condition, some_limits))
     n_labels = sum(len(e.output) for e in examples)
     return loss / n_labels, [answers[i] for i in range(len(examples))]
+
+
+def answer_limits(examples, max_new_tokens, generation_max_length):
+    """The longest answer to each example, in tokens.
+
+    The paper's rule: with prompt and input, a decoder's answer ends at generation_max_length
+    tokens, but has one at least; an encoder-decoder's has so many.
+    """
+    if generation_max_length is None or max_new_tokens is not None:
+        longest = max_new_tokens or max(len(e.output) for e in examples)
+        return [longest] * len(examples)
+    read = [0 if e.arch == "t5" else len(e.prompt + e.input) for e in examples]
+    return [max(1, generation_max_length - n) for n in read]
 
 
 def open_run(

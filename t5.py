@@ -363,6 +363,8 @@ HF_CONFIG = {
 # fmt: off
 PRESETS = {
     "t5-tiny": dict(),
+    "flan-t5-base": dict(vocab_size=32128, d_model=768, n_layers=12, n_decoder_layers=12,
+                         n_heads=12, head_dim=64, d_ff=2048),
     "flan-t5-xxl": dict(vocab_size=32128, d_model=4096, n_layers=24, n_decoder_layers=24,
                         n_heads=64, head_dim=64, d_ff=10240),
 }

@@ -608,9 +608,12 @@ class Config:
     init_from: start from this checkpoint (default: random weights)
     base: the original LLaMA, if --init_from holds a weight delta
     out_dir: keep the run there (default: out/ARCH-CONDITION-N_GIST)
-    resume: go on with the run in --out_dir; give the flags it began with
+    resume: go on with the run in --out_dir, with the flags it began with
     max_length: longest example in tokens (default: 512); t5: longest source (default: 128)
     max_target: t5: longest output in tokens
+    max_length_human: max_length of the human split (default: the same)
+    max_target_human: max_target of the human split (default: the same)
+    generation_max_length: longest answer; llama: with prompt and input (default: longest reference)
     d_model: width of a new model
     n_layers: its layers (default: 4; t5: 3 in the encoder and 3 in the decoder)
     n_heads: its attention heads
@@ -649,6 +652,9 @@ class Config:
     resume: bool = False
     max_length: int | None = None
     max_target: int = 256
+    max_length_human: int | None = None
+    max_target_human: int | None = None
+    generation_max_length: int | None = None
 
     d_model: int = 128
     n_layers: int | None = None
@@ -694,23 +700,28 @@ OPTIONS = {name: {"choices": choices} for name, choices in CHOICES.items()} | {
     "warmup": {"type": data.at_least(0, float, 1)},
 }
 
-# The paper's hyperparameters (section 4.1 and appendix A) for the pretrained model in --init_from.
-# Its code sets no betas, so they are AdamW's usual ones. What differs here: T5's dropout of 0.1 was
-# active in the paper's training; our T5 has none.
+# The paper's hyperparameters (section 4.1 and appendix A) for the pretrained model in --init_from,
+# and its rule for the evaluation. Its code sets no betas, so they are AdamW's usual ones. What
+# differs here: T5's dropout of 0.1 was active in the paper's training, but our T5 has none; and we
+# evaluate the last step, not the one with the best ROUGE-L on unseen.
 # fmt: off
+FLAN_T5 = dict(
+    max_steps=16000, batch_size=16, optimizer="adamw", lr=5e-5, beta2=0.999, schedule="constant",
+    warmup=0.0, max_length=128, max_target=256, max_length_human=384, max_target_human=384,
+    generation_max_length=128)
 HYPERPARAMETERS = {
     "llama-7b": dict(
-        max_steps=3000, batch_size=128, max_length=512, dtype="bfloat16",
-        optimizer="adamw", lr=2e-5, beta2=0.999, schedule="cosine"),
-    "flan-t5-xxl": dict(
-        max_steps=16000, batch_size=16, max_length=128, dtype="bfloat16",
-        optimizer="adamw", lr=5e-5, beta2=0.999, schedule="constant", warmup=0.0),
+        max_steps=3000, batch_size=128, optimizer="adamw", lr=2e-5, beta2=0.999, schedule="cosine",
+        max_length=512, max_length_human=768, generation_max_length=512, dtype="bfloat16"),
+    "flan-t5-xxl": FLAN_T5 | dict(dtype="bfloat16"),
+    "flan-t5-base": FLAN_T5 | dict(dtype="float32"),
 }
 # fmt: on
 
 
 def read_flags() -> Config:
-    """The command line; what it does not give is the preset's, then Config's."""
+    """The command line. What it does not give is that of the run to resume, of the preset, or
+    Config's."""
     parser = argparse.ArgumentParser(
         description="Train a model to compress prompts, evaluate it.",
         argument_default=argparse.SUPPRESS,  # parse only what the command line gives
@@ -720,7 +731,16 @@ def read_flags() -> Config:
     data.add_arguments(parser, Config, OPTIONS)
     given = vars(parser.parse_args())
     preset = HYPERPARAMETERS.get(given.pop("preset", None), {})
+    if given.get("resume") and (Path(given.get("out_dir", "")) / CHECKPOINT).exists():
+        preset = preset | begun_with(given["out_dir"])
     return Config(**preset | given)
+
+
+def begun_with(out_dir):
+    """What the run in out_dir began with, on whatever device: fields of a Config."""
+    begun = data.read_config(out_dir).get("gisting", {})
+    names = Config.__annotations__.keys() & begun.keys() - {"device"}
+    return {name: begun[name] for name in names}
 
 
 def fill_in(config: Config) -> Config:
@@ -786,6 +806,16 @@ def untrained_model(config, tokenizer):
     return model
 
 
+def layout_options(config: dict, split: str) -> dict:
+    """The arguments of `data.make_examples` for a split. config: the fields of a Config."""
+    names = ("n_gist", "arch", "see_start", "max_length", "max_target")
+    options = {name: config[name] for name in names}
+    if split == "human":  # in the paper, its examples may be longer
+        for name in ("max_length", "max_target"):
+            options[name] = config[f"{name}_human"] or config[name]
+    return options
+
+
 def train(config: Config, loss_function=batch_loss):
     """One whole run, except for its evaluation: what the command does, for notebooks.
 
@@ -802,12 +832,12 @@ def train(config: Config, loss_function=batch_loss):
         model, tokenizer = make_model(config, records, tokenizer)
         if config.see_start and (config.arch == "t5" or tokenizer.bos_id is None):
             raise DataError("--see_start: this model has no first token <s>; leave it out")
-        sizes = (config.n_gist, config.arch, config.see_start, config.max_length, config.max_target)
-        examples, skipped = data.make_examples(records, tokenizer, *sizes)
+        layout = layout_options(vars(config), "train")
+        examples, skipped = data.make_examples(records, tokenizer, **layout)
         if not examples:
             raise DataError(f"{config.data}: --max_length cuts off every output; raise it")
         validation = {
-            split: data.make_examples(others, tokenizer, *sizes)[0]
+            split: data.make_examples(others, tokenizer, **layout_options(vars(config), split))[0]
             for split, others in splits.items()
         }
         if config.epochs is not None:

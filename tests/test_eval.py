@@ -14,6 +14,8 @@ import data
 import eval as evaluation
 import gist_mask
 import train
+from model import Llama, LlamaConfig
+from t5 import T5, T5Config
 
 ROOT = Path(__file__).parent.parent
 
@@ -125,6 +127,69 @@ def test_a_batch_has_a_largest_number_of_tokens(runs, folder, monkeypatch):
         loss, answers = evaluation.evaluate(model, tokenizer, examples, "gist", 5)
         assert max(n for n, _ in sizes) == largest
         assert answers == expected[1] and loss == pytest.approx(expected[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["llama-7b", "flan-t5-base"])
+def test_a_preset_trains_and_evaluates_by_the_papers_rule(preset, tmp_path, monkeypatch, capsys):
+    """On stand-ins for weights and data: the cuts of every split, and where answers end."""
+    records = data.builtin(60, 3)["train"]
+    tokenizer = data.train_tokenizer(records, 400)
+
+    def long(n, where):  # a record of which one part has n tokens or some more
+        tokens_of_100 = len(tokenizer.encode("fox " * 100))
+        return records[0] | {where: "fox " * (n * 100 // tokens_of_100)}
+
+    files = {
+        "train": [*records[:3], long(600, "output")],
+        "validation_unseen": [*records[3:5], long(300, "instruction"), long(600, "instruction")],
+        "validation_human": [records[5], long(600, "instruction"), long(900, "instruction")],
+    }
+    for split, some in files.items():
+        (tmp_path / f"{split}.json").write_text(json.dumps(some))
+    shape = dict(vocab_size=tokenizer.vocab_size - 1, d_model=16, n_layers=1, n_heads=2, head_dim=8)
+    if preset == "llama-7b":
+        model = Llama(LlamaConfig(**shape, n_kv_heads=2, d_ff=16))
+    else:
+        model = T5(T5Config(**shape, n_decoder_layers=1, d_ff=16))
+    model.init_weights(torch.Generator().manual_seed(0))
+    data.save_model(tmp_path / "weights", model, tokenizer)
+    where = ["--init_from", tmp_path / "weights", "--data", tmp_path, "--out_dir", tmp_path / "run"]
+    flags = ["--preset", preset, *where, "--max_steps", 1, "--micro_batch", 4, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags), "--no_eval"])
+    train.main()
+
+    splits, evaluate, decode = [], evaluation.evaluate, data.SentencePieceTokenizer.decode
+    lengths = []  # of answers, in tokens
+
+    def spy_evaluate(model, tokenizer, examples, *args):
+        splits.append(examples)
+        return evaluate(model, tokenizer, examples, *args)
+
+    def spy_decode(tokenizer, ids):
+        lengths.append(len(ids))
+        return decode(tokenizer, ids)
+
+    monkeypatch.setattr(evaluation, "evaluate", spy_evaluate)
+    monkeypatch.setattr(data.SentencePieceTokenizer, "decode", spy_decode)
+    metrics = evaluation.evaluate_run(str(tmp_path / "run"), device="cpu")
+    unseen, human = splits
+    # Hardly trained, the model finds no end.
+    if preset == "llama-7b":
+        expected = [max(1, 512 - len(e.prompt + e.input)) for e in unseen + human]
+    else:
+        expected = [128 for e in unseen + human]
+    assert sorted(lengths) == sorted(expected)
+    skipped = capsys.readouterr().out
+    if preset == "llama-7b":  # 600 words of instruction are beyond 512 tokens, but not beyond 768
+        assert (len(unseen), len(human)) == (3, 2) and max(len(e) for e in human) > 600
+        assert "unseen: 1 examples" in skipped and "human: 1 examples" in skipped
+    else:  # a source of 128 or 384 tokens: longer instructions leave no room for their gist
+        assert (len(unseen), len(human)) == (2, 1)
+    assert metrics["human"]["n"] == len(human)
+    named = ("max_length", "max_length_human", "generation_max_length")
+    assert [metrics[name] for name in named] == (
+        [512, 768, 512] if preset == "llama-7b" else [128, 384, 128]
+    )
 
 
 def test_weights_are_evaluated_in_the_dtype_that_is_asked_for(runs):

@@ -187,6 +187,27 @@ def contents(out):
     return {str(f.relative_to(out)): f.read_bytes() for f in out.rglob("*") if f.is_file()}
 
 
+def test_a_run_goes_on_with_the_flags_it_began_with(start, finish, folder, tmp_path):
+    """None has to be repeated."""
+    more = ["--see_start", "--n_gist", "2", "--schedule", "cosine", "--optimizer", "adamw"]
+    for out in ("whole", "stopped"):
+        argv = [*flags(folder, tmp_path / out, steps=400, save_every=5), *more]
+        if out == "whole":
+            assert finish(argv)[0] == 0
+            continue
+        process = start(argv)
+        while not steps_saved(tmp_path / out):
+            time.sleep(0.01)
+        process.terminate()
+        process.join()
+    assert 0 < steps_saved(tmp_path / "stopped") < 400
+    assert finish(["--out_dir", str(tmp_path / "stopped"), "--resume"])[0] == 0
+    whole, stopped = (tmp_path / out / "model.safetensors" for out in ("whole", "stopped"))
+    assert whole.read_bytes() == stopped.read_bytes()
+    config = data.read_config(tmp_path / "stopped")["gisting"]
+    assert config["see_start"] and config["n_gist"] == 2 and config["steps"] == 400
+
+
 @pytest.mark.parametrize(
     "more, says",
     [

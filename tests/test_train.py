@@ -307,10 +307,17 @@ def test_hyperparameters_are_the_papers_and_the_command_line_overrides_them(name
         monkeypatch.setattr(sys, "argv", ["train.py", "--preset", name, *more])
         return train.read_flags()
 
-    paper = {"llama-7b": (3000, 128, 2e-5, "cosine"), "flan-t5-xxl": (16000, 16, 5e-5, "constant")}
+    t5 = (16000, 16, 5e-5, "constant", 128, 256, 384, 384, 128)
+    paper = {
+        "llama-7b": (3000, 128, 2e-5, "cosine", 512, 256, 768, None, 512, "bfloat16"),
+        "flan-t5-xxl": (*t5, "bfloat16"),
+        "flan-t5-base": (*t5, "float32"),
+    }
     config = flags()
-    assert (config.max_steps, config.batch_size, config.lr, config.schedule) == paper[name]
-    assert config.optimizer == "adamw" and config.weight_decay == 0 and config.dtype == "bfloat16"
+    names = "max_steps batch_size lr schedule max_length max_target max_length_human "
+    names += "max_target_human generation_max_length dtype"
+    assert tuple(getattr(config, field) for field in names.split()) == paper[name]
+    assert config.optimizer == "adamw" and config.weight_decay == 0
     assert config.beta2 == 0.999  # the paper's code sets no betas: AdamW's own
     assert flags("--lr", "1e-4", "--batch_size", "2").lr == 1e-4
     model = torch.nn.Linear(2, 2)
