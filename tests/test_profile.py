@@ -208,12 +208,15 @@ def test_memory_prints_what_llama_7b_takes_on_four_gpus():
     flags = ["--preset", "llama-7b", "--gpus", 4, "--micro_batch", 4]
     done = python("-m", "tests.exercises.memory", *flags)
     numbers = [float(line.split()[0]) for line in done.stdout.splitlines()]
-    states, gradients, activations, checkpointed = numbers
+    states, gradients, activations, checkpointed, hours = numbers
     layer = 4 * 512 * (36 * 4096 + 8 * 11008)
     assert states == pytest.approx(16 * 6_738_415_616 / 4 / 2**30, abs=0.05)
     assert gradients == pytest.approx(4 * 6_738_415_616 / 2**30, abs=0.05)
     assert activations == pytest.approx(32 * layer / 2**30, abs=0.05)
     assert checkpointed == pytest.approx((32 * 4 * 512 * 4 * 4096 + layer) / 2**30, abs=0.05)
+    # 6 FLOPs for a parameter and a token, of 71 tokens; the output head's only for the 29 written.
+    weights = 71 * (6_738_415_616 - 2 * 32000 * 4096) + 29 * 32000 * 4096
+    assert hours == pytest.approx(6 * weights * 128 * 3000 / (4 * 0.4 * 312e12) / 3600, abs=0.05)
 
 
 # ---- The other commands ----
