@@ -214,6 +214,7 @@ def fit(
             if step % config.save_every == 0 and not is_last:
                 save(out_dir, model, tokenizer, optimizers, gisting)
         save(out_dir, model, tokenizer, optimizers, gisting, is_end=True)
+    from_all(None)  # no process leaves while the first one writes
     model.eval()
     return stopped
 
@@ -421,8 +422,6 @@ def processes(device):
         torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ:
         with data.reading("RANK is set", "start with torchrun, or unset RANK"):
-            if on_cuda:
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             # Two hours: all wait while the first one writes what a large model has to keep.
             dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(hours=2))
     try:
@@ -720,8 +719,7 @@ HYPERPARAMETERS = {
 
 
 def read_flags() -> Config:
-    """The command line. What it does not give is that of the run to resume, of the preset, or
-    Config's."""
+    """The command line. What it does not give is the resumed run's, the preset's, or Config's."""
     parser = argparse.ArgumentParser(
         description="Train a model to compress prompts, evaluate it.",
         argument_default=argparse.SUPPRESS,  # parse only what the command line gives
@@ -731,16 +729,27 @@ def read_flags() -> Config:
     data.add_arguments(parser, Config, OPTIONS)
     given = vars(parser.parse_args())
     preset = HYPERPARAMETERS.get(given.pop("preset", None), {})
-    if given.get("resume") and (Path(given.get("out_dir", "")) / CHECKPOINT).exists():
-        preset = preset | begun_with(given["out_dir"])
+    if given.get("resume") and "out_dir" in given:
+        preset = preset | begun_with(given)
     return Config(**preset | given)
 
 
-def begun_with(out_dir):
-    """What the run in out_dir began with, on whatever device: fields of a Config."""
-    begun = data.read_config(out_dir).get("gisting", {})
-    names = Config.__annotations__.keys() & begun.keys() - {"device"}
-    return {name: begun[name] for name in names}
+def begun_with(given):
+    """What the run to resume began with, on whatever device: fields of a Config. Raises DataError.
+
+    given: the flags of the command line.
+    """
+    out_dir = Path(given["out_dir"])
+    if (out_dir / CHECKPOINT).exists():
+        begun = data.read_config(out_dir).get("gisting", {})
+        names = Config.__annotations__.keys() & begun.keys() - {"device"}
+        return {name: begun[name] for name in names}
+    if (out_dir / LOG).exists() and given.keys() <= set(MAY_CHANGE):
+        raise DataError(
+            f"{out_dir}: stopped before its first checkpoint, and begins once more: give --resume "
+            "with its whole command, or delete the folder"
+        )
+    return {}
 
 
 def fill_in(config: Config) -> Config:

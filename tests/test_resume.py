@@ -208,6 +208,20 @@ def test_a_run_goes_on_with_the_flags_it_began_with(start, finish, folder, tmp_p
     assert config["see_start"] and config["n_gist"] == 2 and config["steps"] == 400
 
 
+def test_a_run_without_a_checkpoint_needs_its_flags_again(start, finish, folder, tmp_path):
+    """It begins once more, and with the defaults it would be another run."""
+    out = tmp_path / "run"
+    process = start(flags(folder, out, steps=100_000, save_every=100_000))
+    while not (out / "train_log.jsonl").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    before = contents(out)
+    status, line = finish(["--out_dir", str(out), "--resume", "--no_eval"])
+    assert status == 2 and "before its first checkpoint" in line and contents(out) == before
+    assert finish([*flags(folder, out, steps=3), "--resume"])[0] == 0
+
+
 @pytest.mark.parametrize(
     "more, says",
     [
