@@ -196,7 +196,7 @@ def test_a_wrong_answer_fails(number, name, right, wrong, monkeypatch, project):
 
 
 def test_a_mask_without_the_tokens_to_be_written_is_named(monkeypatch, project):
-    source = source_of("eval.answer", project).replace(", n_new=max_new_tokens", "")
+    source = source_of("eval.answer", project).replace(", n_new=n_new", "")
     put_in(monkeypatch, "eval.answer", source)
     assert "see `n_new`" in grade.grade(7, GRADED)["check_answers_of_whole_rows"]
 
