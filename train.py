@@ -825,11 +825,12 @@ def layout_options(config: dict, split: str) -> dict:
     return options
 
 
-def train(config: Config, loss_function=batch_loss):
+def train(config: Config, loss_function=batch_loss, make_model=make_model):
     """One whole run, except for its evaluation: what the command does, for notebooks.
 
-    Returns the model, its tokenizer, the configuration with nothing left open, and what `fit`
-    returns. Raises DataError.
+    loss_function: as in `fit`. make_model: for a model or a tokenizer of your own. Returns the
+    model, its tokenizer, the configuration with nothing left open, and what `fit` returns. Raises
+    DataError.
     """
     config = fill_in(config)
     out_dir = Path(config.out_dir)

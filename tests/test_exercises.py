@@ -32,6 +32,7 @@ from exercises import (  # isort: skip
     gist_library,
     gist_lora,
     gist_pretraining,
+    gist_starts,
     keywords,
     learning_curve,
     live_table,
@@ -846,3 +847,57 @@ def test_keywords_writes_a_data_set_like_the_one_that_it_reads(folder, tmp_path)
         for before, after in zip(records, short[split]):
             assert len(after["instruction"].split()) == 2
             assert (before["input"], before["output"]) == (after["input"], after["output"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_gist", [1, 3])
+def test_a_gist_that_starts_as_its_prompt_is_the_mean_of_the_tokens_before_it(n_gist, tokenizer):
+    model = small("llama", tokenizer.vocab_size)
+    weight = model.embedding.weight.clone()
+    gist, pad = tokenizer.gist_id, tokenizer.pad_id
+    gist_starts.start_gist(model, tokenizer, "prompt")
+    model.embedding.weight[gist] = 0.5  # what the row has learned
+    rows = [[5, 6, 7] + [gist] * n_gist + [8, 9], [pad, pad, 4] + [gist] * n_gist + [6, 5]]
+    for row, x in zip(rows, model.embedding(torch.tensor(rows))):
+        prompt = [weight[token] for token in row[:3] if token != pad]
+        for token, vector in zip(row, x):
+            expected = 0.5 + sum(prompt) / len(prompt) if token == gist else weight[token]
+            torch.testing.assert_close(vector, expected)
+    torch.testing.assert_close(model.embedding(torch.tensor([[5, 6]]))[0], weight[[5, 6]])
+
+
+@torch.no_grad()
+def test_a_gist_starts_as_the_row_that_is_named(tokenizer):
+    for start, token in (("first", tokenizer.bos_id), ("a:", tokenizer.encode("a:")[-1])):
+        model = small("llama", tokenizer.vocab_size)
+        gist_starts.start_gist(model, tokenizer, start)
+        weight = model.embedding.weight
+        assert torch.equal(weight[tokenizer.gist_id], weight[token])
+
+
+def test_gist_starts_trains_a_run_that_eval_opens_unless_the_embedding_is_a_function(
+    folder, records, tokenizer, tmp_path
+):
+    base = tmp_path / "base"
+    shape = dict(vocab_size=tokenizer.gist_id, d_model=16, n_layers=1, d_ff=32)
+    model = Llama(LlamaConfig(**shape, n_heads=2, n_kv_heads=2, head_dim=8))
+    model.init_weights(torch.Generator().manual_seed(0))
+    data.save_model(base, model, tokenizer)
+    flags = [
+        "--init_from",
+        base,
+        "--data",
+        folder,
+        "--max_steps",
+        2,
+        "--batch_size",
+        4,
+        "--no_eval",
+    ]
+    for start in ("first", "prompt"):
+        out = tmp_path / start
+        run("gist_starts", "--start", start, *flags, "--out_dir", out, "--eval_every", 2)
+        assert "loss_unseen" in (out / "train_log.jsonl").read_text().splitlines()[-1]
+    eval.open_run(str(tmp_path / "first"), device="cpu")
+    with pytest.raises(data.DataError, match="of_mean"):
+        eval.open_run(str(tmp_path / "prompt"), device="cpu")
