@@ -2,7 +2,7 @@
 # Remake the tables and pictures of README.md and assets/results.md from nothing: hours on a CPU.
 #
 #     bash tests/make_results.sh                # everything
-#     bash tests/make_results.sh masks main     # some parts: masks main gists profile exercises
+#     bash tests/make_results.sh masks main     # some parts: masks main long gists profile exercises
 #     SMOLLM2=DIR ALPACA=DIR bash tests/make_results.sh smollm2       # needs weights and data
 #     PAPER=DIR bash tests/make_results.sh paper                      # the paper's released outputs
 #
@@ -47,6 +47,15 @@ main() {  # the README's table and what stands beside it
     python -m tests.exercises.draw_results families "$OUT"/*-gist-1-seed0 --metric exact_match --out assets/families.png
     python -m tests.exercises.attention "$OUT/llama-gist-1-seed0" \
         --instruction "Put lamp at the front and bread at the end." --out assets/attention.png
+}
+
+long() {  # is it time that is missing after six minutes?
+    for seed in $SEEDS; do
+        for condition in gist pos_control; do
+            run "llama-$condition-1-7500-seed$seed" --condition $condition --seed "$seed" --max_steps 7500
+        done
+    done
+    table
 }
 
 gists() {  # more gist tokens, and words instead of them
@@ -130,5 +139,5 @@ exercises() {
     done
 }
 
-if [ $# = 0 ]; then set -- masks main gists profile exercises; fi
+if [ $# = 0 ]; then set -- masks main long gists profile exercises; fi
 for part in "$@"; do "$part"; done

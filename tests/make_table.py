@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import gist_mask  # noqa: E402
 
 FILE = Path(__file__).parent.parent / "assets" / "results.json"
+STEPS = 3000  # of the main job; what has others says so
 NAMES = {"llama": "LLaMA", "t5": "T5"}
 COLUMNS = [("seen", "exact_match"), ("unseen", "exact_match"), ("human", "exact_match")]
 COLUMNS += [("unseen", "rougeL")]
@@ -48,11 +49,13 @@ def setting(run: dict) -> tuple[str, str]:
         what = f"TF-IDF, {run['tfidf']} word"
     elif run["n_gist"] != 1:
         what += f", {run['n_gist']} tokens"
+    if run["steps"] != STEPS:
+        what += f", {run['steps']:,} steps"
     return NAMES[run["arch"]], what
 
 
-def setting_order(run: dict) -> tuple[str, bool, int, str]:
-    return run["arch"], bool(run["tfidf"]), run["n_gist"], run["condition"]
+def setting_order(run: dict) -> tuple[str, bool, int, str, int]:
+    return run["arch"], bool(run["tfidf"]), run["n_gist"], run["condition"], run["steps"]
 
 
 def cell(values: list[float]) -> str:
@@ -78,8 +81,8 @@ def draw(runs: dict, file: str) -> None:
     splits = [split for split, _ in COLUMNS[:3]]
     for ax, arch in zip(figure.subplots(1, 2, sharey=True), NAMES):
         for i, condition in enumerate(gist_mask.TABLE):
-            bar = (arch, condition, 1)
-            chosen = [r for r in runs.values() if (r["arch"], r["condition"], r["n_gist"]) == bar]
+            bar = (NAMES[arch], f"`{condition}`")
+            chosen = [run for run in runs.values() if setting(run) == bar]
             scores = np.array([run["scores"][:3] for run in chosen])  # (seeds, splits)
             mean = scores.mean(axis=0)
             around = [mean - scores.min(axis=0), scores.max(axis=0) - mean]
