@@ -21,6 +21,7 @@ activations, or 1.4 of them with --checkpoint_activations; 0.6 hours of arithmet
 import argparse
 import profile
 
+import data
 import train
 
 
@@ -68,6 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import data
-
     data.run(main)
