@@ -1139,9 +1139,10 @@ def find_device(name: str | None = None) -> str:
     if name is None and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator().type
     with reading(f"--device {device}", "give one that this machine has, like cpu"):
-        if device.startswith("cuda"):  # memory statistics and events are of the current device
+        if device.startswith("cuda") and torch.cuda.is_available():
+            # Memory statistics and events are of the current device: of torchrun's, or the first.
             _, _, number = device.partition(":")
-            torch.cuda.set_device(int(number or os.environ.get("LOCAL_RANK", 0)))  # of torchrun
+            torch.cuda.set_device(int(number or os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=device).cpu()
     return device
 

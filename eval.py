@@ -156,7 +156,7 @@ def evaluate_run(
 
     data_dir: a directory in the Alpaca+ layout, or builtin (default: the training's)
     max_length: longest example in tokens (default: the training's)
-    max_new_tokens: longest answer in tokens (default: the training's generation_max_length)
+    max_new_tokens: longest answer in tokens (default: the longest reference, or a preset's rule)
     opening: see `open_run`
 
     Raises data.DataError.
@@ -227,8 +227,8 @@ def evaluate(
 def answer_limits(examples, max_new_tokens, generation_max_length):
     """The longest answer to each example, in tokens.
 
-    The paper's rule: with prompt and input, a decoder's answer ends at generation_max_length
-    tokens, but has one at least; an encoder-decoder's has so many.
+    The paper's rule: a decoder's answer ends at generation_max_length tokens, prompt and input
+    included, but has one at least; an encoder-decoder's ends after that many new tokens.
     """
     if generation_max_length is None or max_new_tokens is not None:
         longest = max_new_tokens or max(len(e.output) for e in examples)

@@ -460,9 +460,10 @@ def whole(x):
 LOG = "train_log.jsonl"  # where this is, there is a run
 CHECKPOINT = "checkpoint.pt"  # weights, optimizer state, and what the run has to be: `describe`
 RESULTS = ["model.safetensors", "metrics.json", *(f"outputs-{split}.csv" for split in data.SPLITS)]
+# What may change when a run goes on. (max_steps says what epochs said.)
 # fmt: off
 MAY_CHANGE = ("steps", "seconds", "resume", "out_dir", "no_eval", "save_every", "eval_every",
-              "device", "micro_batch", "checkpoint_activations", "compile")  # when a run goes on
+              "device", "micro_batch", "checkpoint_activations", "compile", "epochs")
 # fmt: on
 # For a checkpoint, the first process collects all parts of all tensors in its CPU memory, so any
 # number of processes can go on from it. It is read with weights_only: it can run no code.
@@ -552,7 +553,7 @@ def load_checkpoint(file, model, optimizers, gisting):
     """Put weights and optimizer state back. Returns gisting, at that step. Raises DataError."""
     with data.reading(file, "delete the folder and start over"):
         content = data.unpickle(file)  # mapped: processes share it, and take their parts
-        begun = content["gisting"]
+        begun = asdict(Config()) | content["gisting"]  # an older run lacks what came later
         for name, now in gisting.items():
             if name not in MAY_CHANGE and begun[name] != now:
                 raise DataError(
@@ -607,7 +608,7 @@ class Config:
     init_from: start from this checkpoint (default: random weights)
     base: the original LLaMA, if --init_from holds a weight delta
     out_dir: keep the run there (default: out/ARCH-CONDITION-N_GIST)
-    resume: go on with the run in --out_dir, with the flags it began with
+    resume: go on with the run in --out_dir; other flags are those it began with
     max_length: longest example in tokens (default: 512); t5: longest source (default: 128)
     max_target: t5: longest output in tokens
     max_length_human: max_length of the human split (default: the same)
@@ -729,27 +730,25 @@ def read_flags() -> Config:
     data.add_arguments(parser, Config, OPTIONS)
     given = vars(parser.parse_args())
     preset = HYPERPARAMETERS.get(given.pop("preset", None), {})
+    begun = {}
     if given.get("resume") and "out_dir" in given:
-        preset = preset | begun_with(given)
-    return Config(**preset | given)
+        out_dir = Path(given["out_dir"])
+        check_out_dir(out_dir, resume=True)
+        if (out_dir / CHECKPOINT).exists():
+            begun = begun_with(out_dir)
+        elif not preset and given.keys() == {"resume", "out_dir"}:
+            raise DataError(
+                f"{out_dir}: stopped before its first checkpoint, so it has to start over: give "
+                "its other flags, too, or delete the folder"
+            )
+    return Config(**begun | preset | given)
 
 
-def begun_with(given):
-    """What the run to resume began with, on whatever device: fields of a Config. Raises DataError.
-
-    given: the flags of the command line.
-    """
-    out_dir = Path(given["out_dir"])
-    if (out_dir / CHECKPOINT).exists():
-        begun = data.read_config(out_dir).get("gisting", {})
-        names = Config.__annotations__.keys() & begun.keys() - {"device"}
-        return {name: begun[name] for name in names}
-    if (out_dir / LOG).exists() and given.keys() <= set(MAY_CHANGE):
-        raise DataError(
-            f"{out_dir}: stopped before its first checkpoint, and begins once more: give --resume "
-            "with its whole command, or delete the folder"
-        )
-    return {}
+def begun_with(out_dir):
+    """What the run in out_dir began with, on whatever device: fields of a Config."""
+    begun = data.read_config(out_dir).get("gisting", {})
+    names = Config.__annotations__.keys() & begun.keys() - {"device", "epochs"}
+    return {name: begun[name] for name in names}
 
 
 def fill_in(config: Config) -> Config:

@@ -142,7 +142,10 @@ def test_a_preset_trains_and_evaluates_by_the_papers_rule(preset, tmp_path, monk
     files = {
         "train": [*records[:3], long(600, "output")],
         "validation_unseen": [*records[3:5], long(300, "instruction"), long(600, "instruction")],
-        "validation_human": [records[5], long(600, "instruction"), long(900, "instruction")],
+        "validation_human": [
+            *(records[5], long(600, "instruction"), long(900, "instruction")),
+            long(1000, "output"),
+        ],
     }
     for split, some in files.items():
         (tmp_path / f"{split}.json").write_text(json.dumps(some))
@@ -155,8 +158,10 @@ def test_a_preset_trains_and_evaluates_by_the_papers_rule(preset, tmp_path, monk
     data.save_model(tmp_path / "weights", model, tokenizer)
     where = ["--init_from", tmp_path / "weights", "--data", tmp_path, "--out_dir", tmp_path / "run"]
     flags = ["--preset", preset, *where, "--max_steps", 1, "--micro_batch", 4, "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags), "--no_eval"])
+    flags += ["--eval_every", 1, "--no_eval"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
     train.main()
+    (log,) = (tmp_path / "run" / "train_log.jsonl").read_text().splitlines()
 
     splits, evaluate, decode = [], evaluation.evaluate, data.SentencePieceTokenizer.decode
     lengths = []  # of answers, in tokens
@@ -181,15 +186,20 @@ def test_a_preset_trains_and_evaluates_by_the_papers_rule(preset, tmp_path, monk
     assert sorted(lengths) == sorted(expected)
     skipped = capsys.readouterr().out
     if preset == "llama-7b":  # 600 words of instruction are beyond 512 tokens, but not beyond 768
-        assert (len(unseen), len(human)) == (3, 2) and max(len(e) for e in human) > 600
+        assert (len(unseen), len(human)) == (3, 3) and max(len(e) for e in human) == 768
         assert "unseen: 1 examples" in skipped and "human: 1 examples" in skipped
     else:  # a source of 128 or 384 tokens: longer instructions leave no room for their gist
-        assert (len(unseen), len(human)) == (2, 1)
+        assert (len(unseen), len(human)) == (2, 2)
+        assert len(human[1].output) == 384
     assert metrics["human"]["n"] == len(human)
+    assert metrics["human"]["loss"] == pytest.approx(json.loads(log)["loss_human"], rel=0.02)
     named = ("max_length", "max_length_human", "generation_max_length")
     assert [metrics[name] for name in named] == (
         [512, 768, 512] if preset == "llama-7b" else [128, 384, 128]
     )
+    lengths.clear()
+    evaluation.evaluate_run(str(tmp_path / "run"), device="cpu", max_length=100, max_new_tokens=5)
+    assert max(len(e.prompt + e.input) for e in splits[-1]) <= 100 and max(lengths) == 5
 
 
 def test_weights_are_evaluated_in_the_dtype_that_is_asked_for(runs):

@@ -217,7 +217,7 @@ def test_a_run_without_a_checkpoint_needs_its_flags_again(start, finish, folder,
     process.kill()
     process.join()
     before = contents(out)
-    status, line = finish(["--out_dir", str(out), "--resume", "--no_eval"])
+    status, line = finish(["--out_dir", str(out), "--resume"])
     assert status == 2 and "before its first checkpoint" in line and contents(out) == before
     assert finish([*flags(folder, out, steps=3), "--resume"])[0] == 0
 
@@ -288,5 +288,34 @@ def test_a_run_without_its_checkpoint_cannot_be_resumed(finish, finished):
     out, argv, _ = finished
     (out / "checkpoint.pt").unlink()
     before = contents(out)
-    status, line = finish(argv)
-    assert status == 2 and "nothing to resume" in line and contents(out) == before
+    for flags in (argv, ["--out_dir", str(out), "--resume"]):
+        status, line = finish(flags)
+        assert status == 2 and "nothing to resume" in line and contents(out) == before
+
+
+def test_an_older_run_without_the_newest_settings_goes_on(finish, folder, tmp_path):
+    out = tmp_path / "run"
+    assert finish(flags(folder, out, steps=4))[0] == 0
+    content = torch.load(out / "checkpoint.pt", weights_only=True)
+    for name in ("max_length_human", "generation_max_length"):
+        del content["gisting"][name]
+    torch.save(content, out / "checkpoint.pt")
+    assert finish([*flags(folder, out, steps=4), "--resume"])[0] == 0
+
+
+def test_a_flag_that_is_given_on_resuming_counts(finish, folder, tmp_path):
+    """Even where another one that the run began with says the same thing otherwise."""
+    out = tmp_path / "run"
+    argv = flags(folder, out)
+    steps = argv.index("--max_steps")
+    argv[steps : steps + 2] = ["--epochs", "0.3"]  # five steps of 60 examples, four at once
+    assert finish(argv)[0] == 0
+    assert data.read_config(out)["gisting"]["max_steps"] == 5
+    again = ["--out_dir", str(out), "--resume"]
+    assert finish(again)[0] == 0
+    for more, says in (
+        (["--max_steps", "9"], "max_steps"),
+        (["--preset", "llama-7b"], "begun with"),
+    ):
+        status, line = finish(again + more)
+        assert status == 2 and says in line

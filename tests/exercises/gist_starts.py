@@ -8,11 +8,11 @@ The gist token is new to the model, so its row of the embedding has to be made u
     mean      the mean of all rows: the paper, and train.py
     first     the row of <s>, which the model knows as a token to look at when nothing else fits
     TEXT      the row of the text's last token, like ":", which announces that something follows
-    prompt    the mean of the prompt's own embeddings, for every prompt another, plus a row that is
-              learned and starts as zeros
+    prompt    the mean of the prompt's own embeddings, different for every prompt, plus a row that
+              is learned and starts as zeros
 
-All are the model's own but the last: there, what a gist token is depends on the tokens before it,
-so the embedding becomes a function of the row. Guess before you run it: the other three start with
+All but the last are ordinary rows. There, what a gist token is depends on the tokens before it, so
+the embedding becomes a function of the whole row of tokens. Guess before you run it: the other three start with
 nothing of the prompt. Does it matter, if the first layer's attention can fetch it anyway?
 
 All flags but --start are those of train.py; with --eval_every, the losses of validation are in the
@@ -63,7 +63,10 @@ def start_gist(model: data.Model, tokenizer: data.Tokenizer, start: str) -> None
             raise data.DataError("--start first: this model has no <s>; give another")
         weight[tokenizer.gist_id] = weight[tokenizer.bos_id]
     elif start != "mean":
-        weight[tokenizer.gist_id] = weight[tokenizer.encode(start)[-1]]
+        ids = tokenizer.encode(start)
+        if not ids:
+            raise data.DataError("--start is empty; give mean, first, prompt or a text")
+        weight[tokenizer.gist_id] = weight[ids[-1]]
 
 
 def main() -> None:
