@@ -201,8 +201,10 @@ class T5(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Random weights to train from scratch, T5's own: normal with std 1/sqrt(inputs).
 
-        Embeddings have std 1. Attention starts as in model.py, with queries that are smaller by
-        sqrt(K), in place of scaled attention.
+        Embeddings have std 1. As in model.py, attention starts by finding tokens like the query's
+        (queries equal keys, but are smaller by sqrt(K), in place of scaled attention) and copies
+        them, here every head its own part of the vector. A token would find itself first, so a bias
+        as large starts against that.
         """
         for name, weight in self.named_parameters():
             if weight.ndim < 2:  # norms stay at 1
@@ -218,7 +220,10 @@ class T5(nn.Module):
         for module in self.modules():
             if isinstance(module, Attention):
                 module.wq.weight.copy_(module.wk.weight * self.config.head_dim**-0.5)
-                module.wo.weight.copy_(module.wv.weight.T)
+                nn.init.eye_(module.wv.weight)
+                nn.init.eye_(module.wo.weight)
+            elif isinstance(module, Stack):
+                module.relative_bias.weight[0] -= self.config.head_dim**0.5  # of distance 0
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: (..., D), the decoder's output. Returns (..., V)."""

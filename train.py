@@ -330,13 +330,16 @@ def make_optimizers(model, config):
         if config.optimizer == "muon":
             if "layers." in name and p.ndim == 2:
                 kind, lr = Muon, config.muon_lr
-            # T5's two peculiarities need other steps. Its position biases start near 0 and have to
+            # T5's peculiarities need other steps. Its position biases start near 0 and have to
             # reach several units before a head finds a place. It does not divide attention by
-            # sqrt(K): its queries are that much smaller instead, and so are their steps.
+            # sqrt(K): its queries are that much smaller instead, and so are their steps. Its
+            # embeddings have std 1.
             if "relative_bias" in name:
                 lr *= 30
             elif isinstance(model, T5) and name.endswith("wq.weight"):
                 lr *= model.config.head_dim**-0.5
+            elif isinstance(model, T5) and name == "embedding.weight":
+                lr *= model.config.d_model**0.5
         group = groups[kind].setdefault((p.shape, lr), {"params": [], "peak_lr": lr})
         group["params"].append(p)
     options = {
