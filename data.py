@@ -192,13 +192,13 @@ def make_examples(
     """Lay out all records, cut at the right as in the paper. Returns how many were skipped, too.
 
     LLaMA: prompt, input and output together have at most `max_length` tokens. T5: the source has at
-    most `max_length`, the target `max_target`. An example that loses its whole output, or a gist
-    token, could not teach anything and is skipped.
+    most `max_length`, the target `max_target`. The record's output is cut with its tokens. An
+    example that loses all of it, or a gist token, could not teach anything and is skipped.
     """
     examples = []
     for record in records:
         e = layout(record, tokenizer, n_gist, arch, see_start)
-        gists = e.segments.count(GIST)
+        gists, n_output = e.segments.count(GIST), len(e.output)
         room = max_length - len(e.prompt)  # for what follows the prompt
         if arch == "t5":
             e.output = e.output[:max_target]
@@ -207,6 +207,8 @@ def make_examples(
                 e.segments = e.segments[: max_length - 1] + [INPUT]
         else:
             e.output = e.output[: max(0, room - len(e.input))]
+        if len(e.output) < n_output:  # an answer is compared with what could be learned
+            e.record = record | {"output": tokenizer.decode(e.output).strip()}
         if e.output and room > 0 and e.segments.count(GIST) == gists:
             examples.append(e)
     return examples, len(records) - len(examples)

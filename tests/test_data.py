@@ -356,6 +356,9 @@ def test_long_examples_are_cut_at_the_right_and_those_without_output_skipped(see
         for cut in some:
             assert cut.prompt + cut.input + cut.output == whole[:n]
             assert cut.segments == e.segments
+            n_letters = min(6, n - n_source - 1)  # after the prefix
+            assert cut.record["output"].removeprefix("_") == "abcdef"[:n_letters]
+    assert records[0]["output"] == "abcdef"
 
 
 def test_a_long_source_of_t5_keeps_its_end_and_loses_no_gist():
