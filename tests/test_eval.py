@@ -168,14 +168,15 @@ def test_a_preset_trains_and_evaluates_by_the_papers_rule(preset, tmp_path, monk
 
     def spy_evaluate(model, tokenizer, examples, *args):
         splits.append(examples)
-        return evaluate(model, tokenizer, examples, *args)
+        with monkeypatch.context() as patch:
+            patch.setattr(data.SentencePieceTokenizer, "decode", spy_decode)
+            return evaluate(model, tokenizer, examples, *args)
 
     def spy_decode(tokenizer, ids):
         lengths.append(len(ids))
         return decode(tokenizer, ids)
 
     monkeypatch.setattr(evaluation, "evaluate", spy_evaluate)
-    monkeypatch.setattr(data.SentencePieceTokenizer, "decode", spy_decode)
     metrics = evaluation.evaluate_run(str(tmp_path / "run"), device="cpu")
     unseen, human = splits
     # Hardly trained, the model finds no end.
