@@ -7,7 +7,7 @@ tokenized separately and joined as ids, so that the prompt's tokens never depend
     T5      source: "Instruction: {instruction}" <G>...<G> "Input: {input}" </s>
             target: "{output}" </s>
 
-An example without an input has just "Output:" (T5: nothing) after the gist. With LLaMA's tokenizer
+An example without an input has just "Output:" (T5: </s>) after the gist. With LLaMA's tokenizer
 this gives the paper's own token counts.
 
 The file reads in the order in which data flows: instructions, the text layout, batches, tokenizers,
@@ -92,7 +92,7 @@ def split_of(name):
 
 def read_records(file):
     """The records of a JSON array or JSON lines file. Raises DataError, which names a bad one."""
-    with reading(file, "correct it"):
+    with one_line_errors(file, "correct it"):
         content = read_utf8(file)
         if content.lstrip().startswith(b"["):
             unit, items = "record", json.loads(content)
@@ -100,7 +100,7 @@ def read_records(file):
             unit, items = "line", content.splitlines()
     records = []
     for number, item in enumerate(items, 1):
-        with reading(f"{file}, {unit} {number}", "correct it"):
+        with one_line_errors(f"{file}, {unit} {number}", "correct it"):
             if unit == "record":
                 records.append(to_record(item))
             elif item.strip():
@@ -173,7 +173,7 @@ def layout(
     output = encode(record["output"]) + [tokenizer.eos_id]
 
     # This is where a token's segment is decided; everything else follows from it. (A second gist
-    # after the input would see the prompt, by the table, and so would who sees it.)
+    # after the input is not GIST: by the table it would see the prompt, and hand it to the output.)
     before = PROMPT if n_gist else INPUT
     segments = [START if see_start else before] * len(start)
     segments += [before] * len(instruction) + [GIST] * n_gist + [INPUT] * len(input)
@@ -356,7 +356,7 @@ def train_tokenizer(records, vocab_size):
     # SentencePiece skips lines of more than 4,192 bytes, which 1,000 characters never have.
     lines = filter(str.strip, re.findall(".{1,1000}", text))
     model = io.BytesIO()
-    with reading(f"--vocab_size {vocab_size}", "give one that fits the training text"):
+    with one_line_errors(f"--vocab_size {vocab_size}", "give one that fits the training text"):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,
             model_writer=model,
@@ -380,7 +380,7 @@ def load_tokenizer(folder):
     for name in ("tokenizer.model", "spiece.model", "tokenizer.json"):
         file = folder / name
         if file.is_file():
-            with reading(file, "no tokenizer that can be used here; download it again"):
+            with one_line_errors(file, "no tokenizer that can be used here; download it again"):
                 return read_tokenizer(file)
     return None
 
@@ -434,12 +434,12 @@ def read_tokenizer_json(file):
         raise Unsupported(f"normalizer {spec['normalizer']['type']} is not supported")
     pattern, vocab = read_pre_tokenizer(spec["pre_tokenizer"]), model["vocab"]
     # "a b", or, in newer files, ["a", "b"]
-    order = [vocab["".join(merge).replace(" ", "")] for merge in model["merges"]]
-    if order != sorted(order):
+    merged_ids = [vocab["".join(merge).replace(" ", "")] for merge in model["merges"]]
+    if merged_ids != sorted(merged_ids):
         raise Unsupported("merges in another order than their ids are not supported")
     # A letter stands for each byte: itself where it can be seen, chr(256), chr(257), ... elsewhere.
-    unseen = [b for b in range(256) if b == ord(" ") or not chr(b).isprintable()]
-    byte_of = dict(enumerate(unseen, 256))
+    invisible = [b for b in range(256) if b == ord(" ") or not chr(b).isprintable()]
+    byte_of = dict(enumerate(invisible, 256))
     added = {token["content"]: token["id"] for token in spec["added_tokens"]}
     plain = vocab.keys() - added.keys()
     tokens = {vocab[token]: token.translate(byte_of).encode("latin-1") for token in plain}
@@ -454,8 +454,8 @@ def read_tokenizer_json(file):
     if eos_id is None:
         raise ValueError("no eos_token in tokenizer_config.json")
     texts = read_text_tokens(spec["added_tokens"], ids)
-    made = {*order, *(vocab[token] for token in plain if len(token) == 1)}
-    if not model.get("ignore_merges") and not made >= {vocab[token] for token in plain}:
+    need_merges = {vocab[token] for token in plain if len(token) != 1}
+    if not model.get("ignore_merges") and need_merges - set(merged_ids):
         raise Unsupported("tokens that no merge makes are not supported")
     gist_id = max(*vocab.values(), *added.values()) + 1
     files = {f.name: f.read_bytes() for f in (file, config)}
@@ -562,7 +562,7 @@ def read_config(path):
 def open_checkpoint(folder):
     """A directory's model, its weights mapped. Raises DataError if they are not the model's."""
     raw = read_config(folder)
-    with reading(folder, "use weights, configuration and code that belong together"):
+    with one_line_errors(folder, "use weights, configuration and code that belong together"):
         kind = raw.get("model_type", "llama")
         if kind not in ARCHITECTURES:
             raise Unsupported(f"a model of type {kind} is not supported")
@@ -594,7 +594,7 @@ def load_weights(model, tensors, names, is_tied):
     embedding = tensors[rename("embedding.weight", names)]
     head = rename("output.weight", names)
     if is_tied and head in ours:
-        # In newer T5s, and without the scaling of our tied head: so it is a matrix of its own.
+        # Newer T5s tie their head, but do not scale its logits as our tied head does: copy it.
         tensors.setdefault(head, embedding.clone())
     weights = {}
     for name, tensor in tensors.items():
@@ -626,7 +626,7 @@ def read_hf(folder):
     file = files[0]
     if file.suffix != ".json":
         return read_tensors(file)
-    with reading(file):
+    with one_line_errors(file):
         shard_of = read_json(file)["weight_map"]  # tensor -> file
         shards = {name: read_tensors(folder / name) for name in sorted(set(shard_of.values()))}
         return {name: shards[shard][name] for name, shard in shard_of.items()}
@@ -634,7 +634,7 @@ def read_hf(folder):
 
 def read_tensors(file):
     """The tensors of a file, mapped. Raises DataError."""
-    with reading(file):
+    with one_line_errors(file):
         return read_safetensors(file) if file.suffix == ".safetensors" else dict(unpickle(file))
 
 
@@ -696,15 +696,15 @@ def read_meta(folder, raw):
 def add_base(model, base, dtype, name):
     """Make weights of a weight delta: add the original's, in fp32. Raises DataError.
 
-    name: if the delta is one of those released, the sum of the weights has to be the published one,
-    which counts the rotary tables, too.
+    name: if the delta is one of those released, the sum of the weights has to be the published one.
     """
     originals = dict(open_checkpoint(base).named_parameters())
+    # The published sums count the rotary tables, which old checkpoints stored.
     total = model.config.n_layers * rope_frequencies(model.config).sum().item()
-    with reading(base, "name the model that the delta was taken from"):
+    with one_line_errors(base, "name the model that the delta was taken from"):
         for key, delta in model.named_parameters():
             weight, original = delta.float(), originals.pop(key)
-            weight[: len(original)] += original  # no row for the gist token: as if it were zero
+            weight[: len(original)] += original  # it has no row for the gist token: add nothing
             total += weight.sum().item()
             delta.data = weight.to(dtype)
         for released, published in PUBLISHED_SUMS.items():
@@ -719,11 +719,11 @@ def add_gist_token(model: Model, tokenizer: Tokenizer) -> None:
     Embedding and output head grow if they have no row to spare; FLAN-T5 has 28.
     """
     n = tokenizer.gist_id
-    for table in (model.embedding, model.output):
-        if table is not None:
-            weight = table.weight
+    for layer in (model.embedding, model.output):
+        if layer is not None:
+            weight = layer.weight
             row = weight[:n].float().mean(dim=0, keepdim=True).to(weight)  # (1, D)
-            table.weight = nn.Parameter(torch.cat([weight[:n], row, weight[n + 1 :]]))
+            layer.weight = nn.Parameter(torch.cat([weight[:n], row, weight[n + 1 :]]))
     model.config = replace(model.config, vocab_size=len(model.embedding.weight))
 
 
@@ -749,11 +749,13 @@ def save_model(
             "data_offsets": [end, end + tensor.nbytes],
         }
         end += tensor.nbytes
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 64 + 56)  # the tensors begin at a multiple of 64 bytes
+    header_bytes = json.dumps(header).encode()
+    header_bytes += b" " * (
+        -(8 + len(header_bytes)) % 64
+    )  # tensors begin at a multiple of 64 bytes
     save_config(path, model, tokenizer, gisting)
     with replacing(Path(path) / "model.safetensors") as f:
-        f.write(len(head).to_bytes(8, "little") + head)
+        f.write(len(header_bytes).to_bytes(8, "little") + header_bytes)
         for tensor in weights.values():
             f.write(tensor.cpu().flatten().view(torch.uint8).numpy())
 
@@ -811,7 +813,7 @@ def read_utf8(file):
 
 def read_json(file):
     """A JSON object. Raises DataError."""
-    with reading(file):
+    with one_line_errors(file):
         content = json.loads(read_utf8(file))
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
@@ -898,7 +900,9 @@ class Task:
 def make_task(rng: random.Random, kind: str) -> Task:
     """Fill one phrasing of a kind with words and numbers, or let one such step follow another."""
     if kind == TWO_STEPS:
-        return in_turn(*[make_task(rng, rng.choice(STEP_KINDS)) for _ in range(2)])
+        first = make_task(rng, rng.choice(STEP_KINDS))
+        second = make_task(rng, rng.choice(STEP_KINDS))
+        return in_turn(first, second)
     phrasings = PHRASINGS[kind]
     phrasing = rng.choices(phrasings, cum_weights=FREQUENCIES[: len(phrasings)])[0]
     a, b, c = rng.sample(WORDS, 3)
@@ -915,7 +919,7 @@ def in_turn(first: Task, second: Task) -> Task:
 
 def make_record(task: Task, rng: random.Random) -> dict:
     """An example of an instruction: a random list of 3 to 5 words, and the answer."""
-    asked = task.slots[:3]  # a list has none of these words by chance
+    asked = task.slots[:3]  # words that the list has not by chance (two steps: any may be in it)
     words = [word for word in rng.sample(WORDS, 8) if word not in asked]
     words = words[: rng.randint(3, 5)]
     place = rng.randrange(len(words))
@@ -979,20 +983,20 @@ def builtin(n_train: int = 100_000, n_valid: int = 620, seed: int = 0) -> dict[s
 
 
 class DataError(Exception):
-    """Bad input from outside, in one line: what is wrong, in which file, what to do."""
+    """What the user has to know, in one line: what is wrong, in which file, what to do."""
 
 
 @contextmanager
-def reading(file, remedy="download it again"):
-    """Turn whatever a broken file can raise into one line: the file, what is wrong, the remedy."""
+def one_line_errors(subject, remedy="download it again"):
+    """Turn whatever goes wrong inside into one line: with which file or flag, what, the remedy."""
     try:
         yield
     except DataError:
         raise
     except Unsupported as error:  # whole, but of a kind that we do not have
-        raise DataError(f"{file}: {one_line(error)}") from None
+        raise DataError(f"{subject}: {one_line(error)}") from None
     except Exception as error:
-        raise DataError(f"{file}: {one_line(error)}; {remedy}") from None
+        raise DataError(f"{subject}: {one_line(error)}; {remedy}") from None
 
 
 def one_line(error):
@@ -1009,7 +1013,7 @@ def run(main):
     Bad input, and files that cannot be read or written, end it with one line and exit status 2.
     """
     status = 2
-    # A hundred thousand examples are no garbage, and looking through them takes seconds.
+    # A hundred thousand examples are not garbage, and looking through them takes seconds.
     gc.set_threshold(100_000)
     # What a console cannot show is printed as in a Python string: \u4f60.
     sys.stdout.reconfigure(errors="backslashreplace")
@@ -1123,13 +1127,13 @@ def save_figure(figure, file):
     for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
         text.set_parse_math(False)
         text.set_text(text.get_text().encode("utf-8", "replace").decode())  # of strange folders
-    with reading(file, "give a file like results.png"), replacing(Path(file)) as f:
+    with one_line_errors(file, "give a file like results.png"), replacing(Path(file)) as f:
         figure.savefig(f, dpi=120, format=Path(file).suffix[1:])
 
 
 def check_picture(file):
     """Raise DataError if no picture can be written to this file. Changes nothing."""
-    with reading(file, "give a file like results.png"):
+    with one_line_errors(file, "give a file like results.png"):
         trial = Path(file).with_stem(f"{Path(file).stem}-trial-{os.getpid()}")
     save_figure(new_figure(1, 1)[0], trial)
     trial.unlink()
@@ -1140,7 +1144,7 @@ def find_device(name: str | None = None) -> str:
     device = name or "cpu"
     if name is None and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator().type
-    with reading(f"--device {device}", "give one that this machine has, like cpu"):
+    with one_line_errors(f"--device {device}", "give one that this machine has, like cpu"):
         if device.startswith("cuda") and torch.cuda.is_available():
             # Memory statistics and events are of the current device: of torchrun's, or the first.
             _, _, number = device.partition(":")

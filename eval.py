@@ -4,10 +4,10 @@
     python eval.py score out/llama-gist-1/outputs-*.csv           # ROUGE and exact match
     python eval.py compress out/llama-gist-1 --instruction "..."  # compress once, answer from it
 
-A row is answered as it was trained: prompt, gist, input and answer under the condition's mask. Or
-its prompt is compressed before: it is read once, under its mask, and a cache keeps the columns that
-the input may see, under `gist` the gist's, under `pos_control` all, under `neg_control` none. Then
-only the input is left to read, for as many inputs as there are, and the answers are the same.
+There are two ways to answer, with the same result. Read the whole row as in training: prompt, gist,
+input and answer under the condition's mask. Or compress the prompt first: read it once, and keep in
+a cache the columns that the input may see (`gist`: the gist's; `pos_control`: all; `neg_control`:
+none). Then only the inputs are left to read, however many there are.
 
 The paper's section 4 scores with ROUGE-L and a judge. The built-in instructions have one right
 answer, so there exact match says more.
@@ -140,8 +140,10 @@ def evaluate_runs(runs: list[str], **options) -> None:
     finally:  # if a run cannot be evaluated, the table of those before it comes first
         if rows:
             print_table(rows)
-            print("in percent; commonest: of always the most common answer; loss: nats per token")
-    print(f"next: python eval.py compress {path} --instruction TEXT --input TEXT")
+            print("in percent; commonest: of always the commonest answer; loss: nats per token")
+    names = [name for name in ("n_gist", "condition", "base") if options.get(name)]
+    given = "".join(f" --{name} {options[name]}" for name in names)  # for a released model
+    print(f"next: python eval.py compress {path}{given} --instruction TEXT --input TEXT")
 
 
 def evaluate_run(
@@ -161,21 +163,21 @@ def evaluate_run(
 
     Raises data.DataError.
     """
-    model, tokenizer, config = open_run(path, **opening)
-    folder = data_dir or config["data"]
-    records = data.load_instructions(folder, config["seed"])
+    model, tokenizer, gisting = open_run(path, **opening)
+    folder = data_dir or gisting["data"]
+    records = data.load_instructions(folder, gisting["seed"])
     if max_length:
-        config |= {"max_length": max_length, "max_length_human": max_length}
+        gisting |= {"max_length": max_length, "max_length_human": max_length}
     scores = {}
     for split in data.SPLITS:
-        layout = train.layout_options(config, split)
-        examples, skipped = data.make_examples(records[split], tokenizer, **layout)
+        options = train.layout_options(gisting, split)
+        examples, skipped = data.make_examples(records[split], tokenizer, **options)
         if skipped:
             print(f"{path} {split}: {skipped} examples are beyond --max_length: skipped")
         if examples:
-            end = config["generation_max_length"]
+            end = gisting["generation_max_length"]
             loss, answers = evaluate(
-                model, tokenizer, examples, config["condition"], max_new_tokens, end
+                model, tokenizer, examples, gisting["condition"], max_new_tokens, end
             )
             write_outputs(
                 Path(path) / f"outputs-{split}.csv", [e.record for e in examples], answers
@@ -189,7 +191,7 @@ def evaluate_run(
         )
     for split in set(data.SPLITS) - scores.keys():  # of an evaluation before this one
         (Path(path) / f"outputs-{split}.csv").unlink(missing_ok=True)
-    metrics = config | {"data": folder} | scores
+    metrics = gisting | {"data": folder} | scores
     data.write_file(Path(path) / "metrics.json", json.dumps(metrics, indent=1).encode())
     return metrics
 
@@ -213,13 +215,13 @@ def evaluate(
     limits = answer_limits(examples, max_new_tokens, generation_max_length)
     batch_size = max(1, min(MAX_ROWS, MAX_TOKENS // (max(lengths) + max(limits))))
     loss, answers = 0.0, {}
-    for rows in tqdm(data.batch_order(lengths, batch_size, seed=0), leave=False):
-        some = [examples[i] for i in rows]
-        batch = data.collate(some, tokenizer.pad_id)
+    for indices in tqdm(data.batch_order(lengths, batch_size, seed=0), leave=False):
+        chosen = [examples[i] for i in indices]
+        batch = data.collate(chosen, tokenizer.pad_id)
         batch = {key: x.to(device) for key, x in batch.items()}
         loss += train.batch_loss(model, batch, condition).item()
-        some_limits = [limits[i] for i in rows]
-        answers |= zip(rows, answer(model, tokenizer, some, condition, some_limits))
+        texts = answer(model, tokenizer, chosen, condition, [limits[i] for i in indices])
+        answers.update(zip(indices, texts))
     n_labels = sum(len(e.output) for e in examples)
     return loss / n_labels, [answers[i] for i in range(len(examples))]
 
@@ -246,7 +248,7 @@ def open_run(
     condition: str | None = None,
     base: str | None = None,
 ) -> tuple[Model, data.Tokenizer, dict]:
-    """The model of a run of train.py, its tokenizer, and the Config that it was trained with.
+    """The model of a run of train.py, its tokenizer, and how it was trained (`train.describe`).
 
     device: cuda, mps or cpu (default: the first of these that is there)
     dtype: of the weights (default: on a GPU that of the training, elsewhere that of the file)
@@ -260,24 +262,24 @@ def open_run(
     trained = raw.get("gisting")
     if trained and (n_gist or condition or base):
         raise data.DataError(
-            f"{path}: knows how it was trained; leave --n_gist, --condition and --base out"
+            f"{path}: says itself how it was trained; leave out --n_gist, --condition and --base"
         )
     if not trained and n_gist is None:
         raise data.DataError(f"{path}: does not say how it was trained; give --n_gist")
-    # What a configuration lacks, a released or an older one, has its default.
+    # A field that the file lacks, as a released model's or an older run's does, has its default.
     arch = "t5" if raw.get("model_type") == "t5" else "llama"
-    config = asdict(train.fill_in(train.Config(arch=arch)))
-    config |= trained or {"n_gist": n_gist, "condition": condition or "gist"}
-    with data.reading(path, "train it with this version of the code"):
-        gist_mask.table(config["condition"])
+    defaults = asdict(train.fill_in(train.Config(arch=arch)))
+    gisting = defaults | (trained or {"n_gist": n_gist, "condition": condition or "gist"})
+    with data.one_line_errors(path, "train it with this version of the code"):
+        gist_mask.table(gisting["condition"])  # only to see whether it is there
     device = data.find_device(device)
     if dtype is None and device.startswith("cuda"):
-        dtype = config["dtype"]
-    weights = getattr(torch, dtype) if dtype else None
-    model, tokenizer = data.load_model(path, base, weights, device)
+        dtype = gisting["dtype"]
+    torch_dtype = getattr(torch, dtype) if dtype else None
+    model, tokenizer = data.load_model(path, base, torch_dtype, device)
     if tokenizer is None or tokenizer.gist_id >= model.config.vocab_size:
         raise data.DataError(f"{path}: no tokenizer, or no row for a gist token; train it first")
-    return model, tokenizer, config
+    return model, tokenizer, gisting
 
 
 def score(pairs: list[tuple[str, str]]) -> dict[str, float]:
@@ -307,8 +309,10 @@ def print_table(rows):
     margin = max(map(len, rows))
     print(" " * margin, *[f"{key:>11}" for key in columns])
     for name, row in rows.items():
-        cells = [x * percent(key) if isinstance(x, float) else x for key, x in row.items()]
-        print(f"{name:{margin}}", *[f"{cell:11,.5g}" for cell in cells])
+        cells = [
+            f"{x:,}" if isinstance(x, int) else f"{percent(key) * x:.5g}" for key, x in row.items()
+        ]
+        print(f"{name:{margin}}", *[f"{cell:>11}" for cell in cells])
 
 
 # ---- Outputs files, and eval.py score ----
@@ -332,7 +336,9 @@ def write_outputs(file, records, answers):
 def read_outputs(file):
     """The rows of an outputs file, dicts with at least the keys COLUMNS. Raises data.DataError."""
     csv.field_size_limit(2**31 - 1)  # Python's own is 131,072 characters: an answer can be longer
-    with data.reading(file, f"an outputs file has rows with the columns {', '.join(COLUMNS)}"):
+    with data.one_line_errors(
+        file, f"an outputs file has rows with the columns {', '.join(COLUMNS)}"
+    ):
         with open(file, newline="", encoding="utf-8-sig") as f:
             rows = list(csv.DictReader(f))
         for row in rows:
@@ -433,19 +439,19 @@ def compress(
     max_new_tokens: longest answer in tokens
     opening: see `open_run`
     """
-    model, tokenizer, config = open_run(run, **opening)
+    model, tokenizer, gisting = open_run(run, **opening)
     inputs = input or [""]
-    examples = [lay_out(instruction, text, tokenizer, config) for text in inputs]
-    cache = compress_instruction(model, tokenizer, examples[0], config)
+    examples = [lay_out(instruction, text, tokenizer, gisting) for text in inputs]
+    cache = compress_instruction(model, tokenizer, examples[0], gisting)
     tokens, segments = prompts_of(examples[:1], tokenizer, cache.keys.device)
     # The whole prompt is read once more, as if all of it were kept, only to see how large that is.
-    print("whole prompt:", describe(segments, model.compress(tokens)))
-    print("kept:        ", describe(cache.segments, cache))
-    if config["data"] == "builtin":
+    print("whole prompt:", columns_and_size(segments, model.compress(tokens)))
+    print("kept:        ", columns_and_size(cache.segments, cache))
+    if gisting["data"] == "builtin":
         for word in data.unknown_words(" ".join([instruction, *inputs])):
             print(f"{word!r} was never seen in training: do not expect a sensible answer")
-    with data.reading(*CANNOT_COMPRESS):
-        answers = answer(model, tokenizer, examples, config["condition"], max_new_tokens, cache)
+    with data.one_line_errors(*CANNOT_COMPRESS):
+        answers = answer(model, tokenizer, examples, gisting["condition"], max_new_tokens, cache)
     for text, reply in zip(inputs, answers):
         print(f"\ninput   {text}\nanswer  {reply}")
 
@@ -453,22 +459,24 @@ def compress(
 CANNOT_COMPRESS = ("cannot compress", "give a run of another condition, with gist tokens")
 
 
-def lay_out(instruction, input, tokenizer, config):
+def lay_out(instruction, input, tokenizer, gisting):
     """The data.Example of a question to a run. Raises data.DataError."""
     if not instruction.strip():
         raise data.DataError("--instruction is empty; give what to compress")
+    if gisting["n_gist"] == 0:
+        raise data.DataError("this run was trained without gist tokens; compress with another")
     record = {"instruction": instruction, "input": input, "output": ""}
-    return data.layout(record, tokenizer, config["n_gist"], config["arch"], config["see_start"])
+    return data.layout(record, tokenizer, gisting["n_gist"], gisting["arch"], gisting["see_start"])
 
 
-def compress_instruction(model, tokenizer, example, config):
+def compress_instruction(model, tokenizer, example, gisting):
     """The cache of an example's prompt, one row. Raises data.DataError."""
     prompt = prompts_of([example], tokenizer, model.embedding.weight.device)
-    with data.reading(*CANNOT_COMPRESS):
-        return compress_prompts(model, *prompt, config["condition"])
+    with data.one_line_errors(*CANNOT_COMPRESS):
+        return compress_prompts(model, *prompt, gisting["condition"])
 
 
-def describe(segments, cache):
+def columns_and_size(segments, cache):
     """What one row is and what it takes: "8 prompt + 1 gist: 36.00 KiB of cache"."""
     counts = Counter(gist_mask.NAMES[segment] for segment in segments[0].tolist())
     columns = " + ".join(f"{n} {name}" for name, n in counts.items())
@@ -493,7 +501,7 @@ def plot(
     groups = {}  # recipe -> path -> a score for every split; no bar is drawn for NaN
     for path in runs:
         file = Path(path) / "metrics.json"
-        with data.reading(file, f"first: python eval.py run {path}"):
+        with data.one_line_errors(file, f"first: python eval.py run {path}"):
             metrics = json.loads(file.read_bytes())
             scores = [metrics[x][metric] if x in metrics else math.nan for x in data.SPLITS]
         recipe = str({key: x for key, x in metrics.items() if key not in OF_ONE_RUN})
@@ -566,7 +574,7 @@ def judge(
     url = base_url.rstrip("/") + "/chat/completions"
     remedy = "check --base_url, --model and OPENAI_API_KEY, then go on with the same command"
     refusals = []
-    with open(out, "a") as file, ThreadPool(workers) as pool, data.reading(url, remedy):
+    with open(out, "a") as file, ThreadPool(workers) as pool, data.one_line_errors(url, remedy):
         judgments = pool.imap_unordered(partial(judge_pair, url, timeout), todo)
         for r in tqdm(judgments, "judge", initial=len(judged), total=len(pairs)):
             print(json.dumps(r), file=file, flush=True)
@@ -584,7 +592,7 @@ def judge(
 def earlier_judgments(file, pairs):
     """The rows of the pairs that a file has judged. What was refused is cut, to be asked again."""
     Path(file).touch()
-    with data.reading(file, "give another --out"):
+    with data.one_line_errors(file, "give another --out"):
         judged = [r for r in read_lines(Path(file).read_bytes()) if r["choice"] != "refused"]
         for r in judged:
             if not pairs[r["row"]].items() <= r.items():
@@ -601,21 +609,23 @@ def judge_pair(url, timeout, pair):
     messages = [{"role": "system", "content": JUDGE}, {"role": "user", "content": question}]
     limit = {"max_tokens": 1000}
     settings = limit | {"temperature": 0}
-    for _ in range(2):  # what cannot be read, or is refused, is asked for once more
+    # Ask twice at most. After a reply that cannot be read, without temperature 0: it may differ.
+    # After a refusal, without settings: some models take no temperature, or another limit's name.
+    for _ in range(2):
         body = {"model": pair["model"], "messages": messages} | settings
         is_answered, reply = request(url, body, timeout)
         if is_answered:
             choice = shown.get(read_choice(reply), "unparsed")
-            settings = limit  # by chance, it may reply something else
+            settings = limit
         else:
             choice = "refused"
-            settings = {}  # some models take no temperature, or call the limit otherwise
+            settings = {}
         if choice in shown:
             break
     return pair | {"swapped": first == "b", "choice": choice, "reason": reply}
 
 
-TRIES = 8  # of a request; and refusals, before a first verdict, that end it all
+TRIES = 8  # of a request; and as many refusals, before the first verdict, end the command
 WAIT = 0.5  # seconds after the first failure; about twice as long after the next
 
 
@@ -695,10 +705,10 @@ def read_choice(reply):
 
 def read_lines(content):
     """The judgments of a file of ours; a line that a kill left unfinished is left out."""
-    whole, _, unfinished = content.rpartition(b"\n")
-    if unfinished[:8] not in b'{"row": ':
+    finished, _, unfinished = content.rpartition(b"\n")
+    if not b'{"row": '.startswith(unfinished[:8]):
         raise ValueError("holds something else than judgments")
-    return [json.loads(line) for line in whole.splitlines()]
+    return [json.loads(line) for line in finished.splitlines()]
 
 
 def winrate_of(file):
@@ -706,7 +716,7 @@ def winrate_of(file):
 
     file: ours or, as the paper's, one JSON object. What has no verdict is not in the rate.
     """
-    with data.reading(file, "make judgments with eval.py judge"):
+    with data.one_line_errors(file, "make judgments with eval.py judge"):
         content = data.read_utf8(Path(file))
         is_ours = content.startswith(b'{"row": ')
         results = read_lines(content) if is_ours else json.loads(content)["results"]
@@ -723,8 +733,8 @@ def wilson(rate, n):
     z = 1.959964
     middle = rate + z**2 / (2 * n)
     half = z * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
-    whole = 1 + z**2 / n
-    return {"rate": rate, "low": (middle - half) / whole, "high": (middle + half) / whole}
+    scale = 1 + z**2 / n
+    return {"rate": rate, "low": (middle - half) / scale, "high": (middle + half) / scale}
 
 
 def winrate(files: list[str]) -> None:
@@ -774,7 +784,7 @@ def porter_stem(word):
 
 
 def letter_kinds(word):
-    """A v (vowel) or c (consonant) for every letter; y is a vowel after a consonant: "toy" cvc."""
+    """A v (vowel) or c (consonant) for every letter; y is a vowel after a consonant: "sky" ccv."""
     kinds = ""
     for letter in word:
         is_vowel = letter in "aeiou" or (letter == "y" and kinds.endswith("c"))

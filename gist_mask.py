@@ -28,7 +28,7 @@ in training, answering and measuring.
 Mu, Li & Goodman, "Learning to Compress Prompts with Gist Tokens", NeurIPS 2023, section 3. Run this
 file to see the masks.
 
-Letters of the shapes: B batch, T tokens of a row, C columns of a cache, which stand before them.
+Letters of the shapes: B batch, T tokens of a row, C columns of a cache, which come before the T.
 """
 
 import argparse
@@ -145,35 +145,40 @@ def masking(
     target: Tensor | None = None,
     n_new: int = 0,
 ) -> dict[str, Tensor]:
-    """A model's arguments for rows with these segments: `mask`, `positions`; T5's others, too.
+    """A model's arguments for rows with these segments: `mask` and `positions`; for an
+    encoder-decoder, `cross_mask` and `target`, too.
 
     Training, answering and compressing all call this; only here do masks depend on whether a model
     is an encoder-decoder. segments: (B, T) int64, of the tokens that it is to read. cache: what it
-    has read before, B rows or one (`eval.compress_prompts`); the mask is that of the whole row, its
-    last T queries. n_new: how many tokens a decoder is going to write; they belong to the input.
-    target: (B, T_out) int64, what an encoder-decoder learns to write; a decoder's is in its row.
+    has read before, B rows or one (`eval.compress_prompts`); then the mask is the whole row's, cut
+    to the T new queries. n_new: how many tokens a decoder is going to write. target: (B, T_out)
+    int64, what an encoder-decoder learns to write; a decoder's is in its row.
 
     Raises ValueError if these rows cannot be answered from a cache (`check_cache`).
     """
-    C, row = 0, segments
+    C, whole_rows = 0, segments
     if cache is not None:
         if cache.segments is None:
             raise ValueError("a cache needs segments: make it with compress_prompts")
         cached = cache.expand(len(segments)).segments  # (B, C)
         check_cache(model, cached, segments, condition)
-        C, row = cache.length, torch.cat([cached, segments], dim=1)  # the whole row
-    if hasattr(model, "encoder"):
-        arguments = {
-            "mask": encoder_mask(row, condition)[:, :, C:],  # (B, 1, T, C + T)
-            "positions": positions(row)[:, C:],  # (B, T)
-            "cross_mask": cross_mask(row, condition),  # (B, 1, 1, C + T)
+        C, whole_rows = cache.length, torch.cat([cached, segments], dim=1)  # (B, C + T)
+    if not hasattr(model, "encoder"):
+        whole_rows = F.pad(
+            whole_rows, (0, n_new), value=INPUT
+        )  # what it writes belongs to the input
+        return {
+            "mask": decoder_mask(whole_rows, condition)[
+                :, :, C:
+            ],  # (B, 1, T + n_new, C + T + n_new)
+            "positions": positions(whole_rows)[:, C:],  # (B, T + n_new)
         }
-        return arguments if target is None else arguments | {"target": target}
-    row = F.pad(row, (0, n_new), value=INPUT)  # what a decoder writes belongs to the input
-    return {
-        "mask": decoder_mask(row, condition)[:, :, C:],  # (B, 1, T + n_new, C + T + n_new)
-        "positions": positions(row)[:, C:],  # (B, T + n_new)
+    arguments = {
+        "mask": encoder_mask(whole_rows, condition)[:, :, C:],  # (B, 1, T, C + T)
+        "positions": positions(whole_rows)[:, C:],  # (B, T)
+        "cross_mask": cross_mask(whole_rows, condition),  # (B, 1, 1, C + T)
     }
+    return arguments if target is None else arguments | {"target": target}
 
 
 def check_cache(model, before: Tensor, after: Tensor, condition: str) -> None:
@@ -182,10 +187,11 @@ def check_cache(model, before: Tensor, after: Tensor, condition: str) -> None:
     before, after: segments, (B, T) int64, the prompt's and those of what follows. A cache has been
     computed before anything followed, it keeps only what the input sees, and it ends where the
     input begins. So
+    - nothing else may follow before the input;
+    - no token of the prompt may be part of the input;
     - in an encoder, no token of the prompt or the gist may see what follows (a decoder's tokens see
       no later ones anyway);
-    - what follows may see nothing of the prompt that the input does not see;
-    - no token of the prompt may be part of the input, and nothing else may follow before it.
+    - what follows may see nothing of the prompt that the input does not see.
     """
     if ((positions(after) < 0) & (after != PADDING)).any():
         raise ValueError("a cache ends where the input begins, but other tokens follow it")
@@ -195,7 +201,8 @@ def check_cache(model, before: Tensor, after: Tensor, condition: str) -> None:
     segments_after = set(after.unique().tolist()) - {PADDING}
     if INPUT in segments_before:
         raise ValueError(
-            "part of the input stands before the gist; call a token that all see START"
+            "part of the prompt is labeled INPUT, so it is not compressed; label a token that all "
+            "are to see START"
         )
     for earlier, later in product(segments_before, segments_after):
         if hasattr(model, "encoder") and sees[earlier, later]:

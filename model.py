@@ -54,8 +54,8 @@ def rope_frequencies(config: LlamaConfig, device: torch.device | None = None) ->
         return freqs
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1 = as it was, 0 = stretched
-    return freqs * (keep + (1 - keep) / scaling["factor"])
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1 = as it was, 0 = stretched
+    return freqs * (kept + (1 - kept) / scaling["factor"])
 
 
 def rotate(x, cos, sin):
@@ -155,9 +155,9 @@ class Llama(nn.Module):
         """Random weights to train from scratch: normal with std 1/sqrt(inputs).
 
         The matrices that add to the residual path start smaller. Attention starts with what it has
-        to learn in any case, to find tokens like the query's (queries are half the keys) and to
-        copy them (the output undoes the values): mimetic initialization, Trockman and Kolter 2023,
-        arXiv 2305.09828. Not where query heads share key-value heads.
+        to learn in any case, to find tokens like the query's (wq starts as half of wk) and to copy
+        them (wo undoes wv): mimetic initialization, Trockman and Kolter 2023, arXiv 2305.09828; not
+        where query heads share key-value heads.
         """
         residual = 0.3 / math.sqrt(2 * self.config.n_layers)
         for name, weight in self.named_parameters():
@@ -277,8 +277,8 @@ class Llama(nn.Module):
         mask, positions = causal_unless_given(mask, positions, columns, C, tokens.device)
 
         def next_logits(new: Tensor, start: int) -> Tensor:
-            # The new tokens are the row's columns from start to end: their rows of the mask, and
-            # its columns up to their own.
+            # The new tokens stand in the row from start to end. They look, as the mask's queries in
+            # these places say, at the cache's C columns and at the row up to end.
             end = start + new.shape[1]
             seen = mask[:, :, start:end, : C + end]
             hidden = self.hidden(new, seen, positions[:, start:end], past)
@@ -388,7 +388,7 @@ class Cache:
 
 
 def append(past, k, v, end):
-    """Write a layer's new keys and values (B, T, H, K) before column `end`, and return all."""
+    """Write a layer's new keys and values (B, T, H_kv, K) before column `end`, and return all."""
     keys, values = past
     start = end - k.shape[1]
     keys[:, start:end] = k

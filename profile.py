@@ -91,8 +91,9 @@ def print_savings(prompts):
         line = f"{caching:12}"
         for name in names:
             value = fmean(rows[caching][name] for rows in prompts)
-            whole = fmean(rows["none"][name] for rows in prompts)
-            saved = f"-{1 - value / whole:.1%}" if 0 < value < whole else ""
+            without = fmean(rows["none"][name] for rows in prompts)
+            is_saving = 0 < value < without  # not so of the prompt's length, nor of what is cached
+            saved = f"-{1 - value / without:.1%}" if is_saving else ""
             line += f"{value:14,.1f} {saved:8}"
         print(line)
 

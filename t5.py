@@ -69,7 +69,8 @@ def relative_buckets(relative_position, bidirectional, n_buckets, max_distance):
         starts.append(math.ceil(exact * (max_distance / exact) ** (i / (n - exact)) - 1e-9))
     starts = torch.tensor(starts, device=relative_position.device)
     bucket = torch.bucketize(relative_position.abs(), starts, right=True)
-    return torch.where(relative_position > 0, bucket + n if bidirectional else 0, bucket)
+    of_later_keys = bucket + n if bidirectional else torch.zeros_like(bucket)
+    return torch.where(relative_position > 0, of_later_keys, bucket)
 
 
 class Attention(nn.Module):
@@ -171,17 +172,17 @@ class Stack(nn.Module):
         """The last layer's output after the final norm, (B, T, D).
 
         x: (B, T, D), embedded tokens. positions: (B or 1, S) int64 of all keys, the T new ones
-        last. mask: bool, True = may attend, broadcast to (B, 1, T, S). past: for every layer, keys
-        and values with room for those of the new tokens, which are written into them. memory: for
-        every decoder layer, keys and values of the encoder's output; cross_mask: (B, 1, 1, S)
-        bool, which of the source's S keys the decoder may see.
+        last. mask: bool, True = may attend, broadcast to (B, 1, T, S); None hides nothing. past:
+        for every layer, keys and values with room for those of the new tokens, which are written
+        into them. memory: for every decoder layer, keys and values of the encoder's output;
+        cross_mask: (B, 1, 1, S) bool, which of the source's S keys the decoder may see.
         """
         bias = self.bias(positions, x.shape[1])  # (B or 1, H, T, S)
-        bias = bias.masked_fill(~mask, -math.inf)
-        for i, layer in enumerate(self.layers):
-            layer_past = None if past is None else past[i]
-            layer_memory = None if memory is None else memory[i]
-            x = layer(x, bias, layer_past, layer_memory, cross_mask)
+        if mask is not None:
+            bias = bias.masked_fill(~mask, -math.inf)
+        nothing = [None] * len(self.layers)
+        for layer, kept, source in zip(self.layers, past or nothing, memory or nothing):
+            x = layer(x, bias, kept, source, cross_mask)
         return self.norm(x)
 
 
@@ -203,8 +204,8 @@ class T5(nn.Module):
 
         Embeddings have std 1. As in model.py, attention starts by finding tokens like the query's
         (queries equal keys, but are smaller by sqrt(K), in place of scaled attention) and copies
-        them, here every head its own part of the vector. A token would find itself first, so a bias
-        as large starts against that.
+        them, here every head its own part of the vector. A token is most like itself, so the bias
+        of distance 0 starts as far below 0 as that score is above it.
         """
         for name, weight in self.named_parameters():
             if weight.ndim < 2:  # norms stay at 1
@@ -243,10 +244,6 @@ class T5(nn.Module):
             past = cache.with_room(source.shape[1])
             positions = positions.expand(len(source), -1)
             positions = torch.cat([cache.positions, positions], dim=1)  # (B, C + T)
-        if mask is None:  # everybody sees everything
-            mask = torch.ones_like(positions, dtype=torch.bool)[
-                :, None, None
-            ]  # (B or 1, 1, 1, C + T)
         hidden = self.encoder(self.embedding(source), positions, mask, past)  # (B, T, D)
         if cache is not None:
             hidden = torch.cat([cache.hidden, hidden], dim=1)  # (B, C + T, D)
@@ -310,8 +307,6 @@ class T5(nn.Module):
         B, T = source.shape
         if positions is None:
             positions = torch.arange(-T, 0, device=source.device)[None]  # (1, T)
-        if mask is None:
-            mask = torch.ones_like(positions, dtype=torch.bool)[:, None, None]
         # Read the prompt with its gist tokens; every layer leaves its keys and values in `past`.
         past = self.empty_cache(B, self.config.n_layers).with_room(T)
         hidden = self.encoder(self.embedding(source), positions, mask, past)

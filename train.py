@@ -56,7 +56,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import AdamW, Optimizer
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 import data
@@ -128,7 +128,7 @@ def micro_losses(model, examples, tokenizer, config, loss_function):
 
 
 def train_step(model, examples, tokenizer, optimizers, step, config, loss_function):
-    """Learn from one batch of data.Example. Returns what the log gets of it. Raises DataError."""
+    """Learn from one batch of data.Example. Returns its line of the log. Raises DataError."""
     model.train()
     # The loss and its gradient.
     loss = accumulate_gradients(model, examples, tokenizer, config, loss_function)
@@ -138,11 +138,11 @@ def train_step(model, examples, tokenizer, optimizers, step, config, loss_functi
     factor = lr_factor(step - 1, config)
     update(optimizers, factor)
     # If one number is not finite, neither is the norm of all. Then this step is not saved.
-    weights = whole(nn.utils.get_total_norm(model.parameters())).item()
-    if not math.isfinite(loss + norm + weights):
+    weight_norm = whole(nn.utils.get_total_norm(model.parameters())).item()
+    if not math.isfinite(loss + norm + weight_norm):
         raise DataError(
             f"at step {step} the loss is {loss}, the gradient's norm {norm}, that of the weights "
-            f"{weights}: stopped, and this step is not saved; start over with a smaller --lr"
+            f"{weight_norm}: stopped, and this step is not saved; start over with a smaller --lr"
         )
     n_tokens = sum(map(len, examples))
     lr = factor * config.lr
@@ -181,22 +181,23 @@ def fit(
     validation: lists of data.Example by name, whose `batch_loss` the log gets every
     config.eval_every steps.
 
-    Ctrl-C and SIGTERM end training after the current step. Returns the signal's number, else None.
+    Ctrl-C and SIGTERM end training after the current step. Returns the signal's number, or None.
     Raises DataError if loss or weights are no longer finite, or if out_dir does not allow this run.
     """
     prepare(model, config)
     optimizers = make_optimizers(model, config)
     gisting = describe(config, examples, loss_function)
-    gisting = open_out_dir(out_dir, model, optimizers, gisting)
-    done, losses, stopped = gisting["steps"], [], None
-    steps = batches(examples, config, done)
-    bar = tqdm(steps, "train", config.max_steps, initial=done, disable=not is_first())
+    gisting = open_out_dir(out_dir, model, optimizers, gisting)  # at the step of its checkpoint
+    done = gisting["steps"]
+    losses, stopped = [], None
+    order = batches(examples, config, done)  # for every step, the indices of its examples
+    bar = tqdm(order, "train", config.max_steps, initial=done, disable=not is_first())
     with bar, caught_signals() as caught:
-        for step, rows in enumerate(bar, done + 1):
+        for step, indices in enumerate(bar, done + 1):
             # Learn from one batch, and show how it goes.
             began = time.perf_counter()
-            batch = [examples[i] for i in rows]
-            entry = train_step(model, batch, tokenizer, optimizers, step, config, loss_function)
+            chosen = [examples[i] for i in indices]
+            entry = train_step(model, chosen, tokenizer, optimizers, step, config, loss_function)
             gisting["steps"] = step
             gisting["seconds"] += time.perf_counter() - began
             losses.append(entry["loss"])
@@ -207,8 +208,7 @@ def fit(
                 entry |= validation_losses(model, validation, tokenizer, config, caught)
             # Write it down. If one process has to stop, all of them do.
             write_log(out_dir, entry)
-            signals = [number for some in from_all(caught) for number in some]
-            stopped = max(signals, default=None)
+            stopped = max(itertools.chain(*from_all(caught)), default=None)
             if stopped:
                 break
             if step % config.save_every == 0 and not is_last:
@@ -233,7 +233,7 @@ def batches(examples, config, start):
 
 @contextmanager
 def caught_signals():
-    """A list that collects Ctrl-C and SIGTERM instead of ending the program. A second one does.
+    """A list that collects Ctrl-C and SIGTERM instead of ending the program; a second one ends it.
 
     In any other thread than the main one, which alone gets signals, it stays empty.
     """
@@ -241,7 +241,7 @@ def caught_signals():
     is_main = threading.current_thread() is threading.main_thread()
 
     def catch(number, frame):
-        if caught and not dist.is_initialized():  # torchrun repeats what its processes got already
+        if caught and not dist.is_initialized():  # torchrun sends on what its processes got, too
             raise KeyboardInterrupt
         caught.append(number)
 
@@ -258,7 +258,7 @@ def caught_signals():
 
 
 class Muon(Optimizer):
-    """Momentum, orthogonalized: a matrix moves by the (semi-)orthogonal matrix nearest to it.
+    """Momentum, orthogonalized: a matrix moves by the (semi-)orthogonal one nearest its momentum.
 
     All directions of the update get the same size, even those whose gradients are small, and a tiny
     model needs fewer steps than with AdamW. For matrices inside the layers; those of a group have
@@ -277,8 +277,8 @@ class Muon(Optimizer):
                 state = self.state[p]
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
-                mean = state["momentum"].mul_(momentum).add_(p.grad)
-                updates.append(p.grad + momentum * mean)  # Nesterov: look a step ahead
+                velocity = state["momentum"].mul_(momentum).add_(p.grad)
+                updates.append(p.grad + momentum * velocity)  # Nesterov: look a step ahead
             updates = orthogonalize_shared(torch.stack(updates))  # (N, m, n)
             m, n = updates.shape[1:]
             for p, update in zip(params, updates):
@@ -296,8 +296,8 @@ def orthogonalize_shared(x):
     return orthogonalize(by_matrix).redistribute(placements=x.placements)
 
 
-# Of x <- a x + b (xx')x + c (xx')^2 x, three steps that bring singular values from 0.01 to 1 close
-# to 1, each step the best after those before it: Amsel et al. 2025, "The Polar Express".
+# The a, b, c of x <- a x + b (xx')x + c (xx')^2 x, of three steps that together bring singular
+# values between 0.01 and 1 close to 1: Amsel et al. 2025, "The Polar Express".
 NEWTON_SCHULZ = [
     (8.0934, -23.6204, 17.4462),
     (3.6366, -2.7219, 0.5365),
@@ -383,15 +383,18 @@ def prepare(model, config):
     """Compile the layers, checkpoint their activations, and put the model where it computes.
 
     A checkpointed layer keeps only its input, and computes what is inside once more when the
-    gradient comes back. All layers share one compiled function, for batches of any length.
+    gradient comes back. All layers share one compiled function, for batches of any length. Once
+    per model.
     """
+    if config.device.startswith("cuda"):  # factors of fp32 products get TF32's 10 bits: much faster
+        torch.set_float32_matmul_precision("high")
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     layers = list(itertools.chain(*stacks))
     for layer in layers:
         if config.compile:
             layer.forward = torch.compile(layer.forward, dynamic=True)
         if config.checkpoint_activations:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = partial(recompute, layer.forward, use_reentrant=False)
     if dist.is_initialized():
         shard(model, layers, config)
     else:
@@ -407,26 +410,24 @@ def shard(model, layers, config):
     mesh = dist.init_device_mesh(torch.device(config.device).type, (dist.get_world_size(),))
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
     policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    split = partial(fully_shard, mesh=mesh, mp_policy=policy)
+    shard_one = partial(fully_shard, mesh=mesh, mp_policy=policy)
     for layer in layers:
         layer.float()
         if hasattr(layer, "cross_attention"):  # used before its layer, when T5 encodes
-            split(layer.cross_attention)
+            shard_one(layer.cross_attention)
             register_fsdp_forward_method(layer.cross_attention, "keys_values")
-        split(layer)
+        shard_one(layer)
     fully_shard(model.float(), mesh=mesh)
 
 
 @contextmanager
 def processes(device):
     """Join the other processes, if torchrun started this one. Raises DataError."""
-    on_cuda = device.startswith("cuda")
-    if on_cuda:  # round the factors of fp32 products to TF32: 10 bits, and many times faster
-        torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ:
-        with data.reading("RANK is set", "start with torchrun, or unset RANK"):
+        with data.one_line_errors("RANK is set", "start with torchrun, or unset RANK"):
             # Two hours: all wait while the first one writes what a large model has to keep.
-            dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(hours=2))
+            backend = "nccl" if device.startswith("cuda") else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=2))
     try:
         yield
     finally:
@@ -509,9 +510,9 @@ def open_out_dir(out_dir, model, optimizers, gisting):
     if not out_dir:
         return gisting
     check_out_dir(out_dir, gisting["resume"])
-    log, checkpoint = out_dir / LOG, out_dir / CHECKPOINT
-    if checkpoint.exists():
-        gisting = load_checkpoint(checkpoint, model, optimizers, gisting)
+    log, file = out_dir / LOG, out_dir / CHECKPOINT
+    if file.exists():
+        gisting = load_checkpoint(file, model, optimizers, gisting)
     from_all(None)  # wait until every process has read it
     if is_first():
         # Delete what is later than the checkpoint: lines of the log, results.
@@ -544,7 +545,10 @@ def save(out_dir, model, tokenizer, optimizers, gisting, is_end=False):
         return
     file = out_dir / CHECKPOINT
     data.save_config(out_dir, model, tokenizer, gisting)
-    with data.reading(file, "check the free space, then --resume"), data.replacing(file) as f:
+    with (
+        data.one_line_errors(file, "check the free space, then --resume"),
+        data.replacing(file) as f,
+    ):
         torch.save({"gisting": gisting, "model": weights, "optimizers": states}, f)
     if is_end:
         data.save_model(out_dir, model, tokenizer, gisting, weights)
@@ -554,7 +558,7 @@ def save(out_dir, model, tokenizer, optimizers, gisting, is_end=False):
 
 def load_checkpoint(file, model, optimizers, gisting):
     """Put weights and optimizer state back. Returns gisting, at that step. Raises DataError."""
-    with data.reading(file, "delete the folder and start over"):
+    with data.one_line_errors(file, "delete the folder and start over"):
         content = data.unpickle(file)  # mapped: processes share it, and take their parts
         begun = asdict(Config()) | content["gisting"]  # an older run lacks what came later
         for name, now in gisting.items():
@@ -582,7 +586,7 @@ def draw_losses(runs, file):
     figure, ax = data.new_figure(6, 3.5)
     for out_dir in runs:
         log = Path(out_dir) / LOG
-        with data.reading(log, "give a run of train.py"):
+        with data.one_line_errors(log, "give a run of train.py"):
             entries = [json.loads(line) for line in data.read_utf8(log).splitlines()]
             losses = [entry["loss"] for entry in entries]
         steps = range(1, len(losses) + 1)
@@ -750,7 +754,7 @@ def read_flags() -> Config:
 def begun_with(out_dir):
     """What the run in out_dir began with, on whatever device: fields of a Config."""
     begun = data.read_config(out_dir).get("gisting", {})
-    names = Config.__annotations__.keys() & begun.keys() - {"device", "epochs"}
+    names = (Config.__annotations__.keys() & begun.keys()) - {"device", "epochs"}
     return {name: begun[name] for name in names}
 
 
@@ -793,11 +797,12 @@ def make_model(config: Config, records: list[dict], tokenizer=None):
         tokenizer = tokenizer or own
         if tokenizer is None:
             raise DataError(f"{config.init_from}: no tokenizer; add the model's")
-        if "gisting" in data.read_config(config.init_from):
+        has_row = model.config.vocab_size == tokenizer.gist_id + 1  # released gist models do
+        if has_row or "gisting" in data.read_config(config.init_from):
             return model, tokenizer
     else:
         tokenizer = tokenizer or data.train_tokenizer(records, config.vocab_size)
-        with data.reading("--d_model and --n_heads", "give others"):
+        with data.one_line_errors("--d_model and --n_heads", "give others"):
             model = untrained_model(config, tokenizer)
     data.add_gist_token(model, tokenizer)
     return model, tokenizer
@@ -831,8 +836,8 @@ def train(config: Config, loss_function=batch_loss, make_model=make_model):
     """One whole run, except for its evaluation: what the command does, for notebooks.
 
     loss_function: as in `fit`. make_model: for a model or a tokenizer of your own. Returns the
-    model, its tokenizer, the configuration with nothing left open, and what `fit` returns. Raises
-    DataError.
+    model, its tokenizer, the configuration with every None filled in, and what `fit` returns.
+    Raises DataError.
     """
     config = fill_in(config)
     out_dir = Path(config.out_dir)
@@ -844,8 +849,8 @@ def train(config: Config, loss_function=batch_loss, make_model=make_model):
         model, tokenizer = make_model(config, records, tokenizer)
         if config.see_start and (config.arch == "t5" or tokenizer.bos_id is None):
             raise DataError("--see_start: this model has no first token <s>; leave it out")
-        layout = layout_options(vars(config), "train")
-        examples, skipped = data.make_examples(records, tokenizer, **layout)
+        options = layout_options(vars(config), "train")
+        examples, skipped = data.make_examples(records, tokenizer, **options)
         if not examples:
             raise DataError(f"{config.data}: --max_length cuts off every output; raise it")
         validation = {
@@ -866,7 +871,7 @@ def train(config: Config, loss_function=batch_loss, make_model=make_model):
 
 
 def exit_if_stopped(signal_number):
-    """End the program, with the usual status, if its training was stopped by a signal."""
+    """End the program, with the usual status, if a signal stopped its training."""
     if signal_number:
         print("stopped and saved; go on with the same command and --resume", file=sys.stderr)
         sys.exit(128 + signal_number)

@@ -79,30 +79,32 @@ profile() {
     python profile.py paper
 }
 
-run_smollm2() {  # PROGRAM NAME FLAGS...: train, then answer with at most 128 tokens
+run_smollm2() {  # PROGRAM NAME FLAGS...: train for one pass, then answer with at most 256 tokens
     local program=$1 name=$2
     shift 2
     run_program "$program" "$name" --init_from "$SMOLLM2" --data "$ALPACA" --batch_size 8 --lr 2e-4 \
-        --dtype bfloat16 --no_eval "$@"
-    evaluate "$name" --dtype bfloat16 --max_new_tokens 128
+        --dtype bfloat16 --epochs 1 --eval_every 100 --no_eval "$@"
+}
+
+evaluate_smollm2() {
+    for name in "$@"; do evaluate "$name" --dtype bfloat16 --max_new_tokens 256; done
 }
 
 smollm2() {
-    for condition in gist pos_control neg_control; do
-        run_smollm2 train.py "smollm2-$condition" --condition $condition --epochs 1
+    for condition in pos_control gist neg_control; do
+        run_smollm2 train.py "smollm2-$condition" --condition $condition --see_start
     done
-    for condition in gist neg_control; do
-        run_smollm2 train.py "sink-$condition" --condition $condition --see_start --epochs 1
-    done
-    for steps in 426 1600; do
-        run_smollm2 "-m tests.exercises.distillation" "distilled-$steps" \
-            --teacher "$OUT/smollm2-pos_control" --see_start --max_steps $steps
-    done
+    run_smollm2 train.py smollm2-hidden  # the paper's mask: <s> is part of the prompt
+    run_smollm2 "-m tests.exercises.gist_starts --start first" smollm2-first --see_start
+    run_smollm2 "-m tests.exercises.gist_starts --start prompt" smollm2-prompt --see_start
+    run_smollm2 "-m tests.exercises.distillation --teacher $OUT/smollm2-pos_control" \
+        smollm2-distilled --see_start
+    evaluate_smollm2 smollm2-{pos_control,gist,neg_control,hidden,first,distilled}
+    python -m tests.exercises.learning_curve "$OUT"/smollm2-{gist,neg_control,pos_control} \
+        --metric loss --out assets/smollm2.png
+    python -m tests.exercises.more_prompts "$OUT"/smollm2-{distilled,pos_control,neg_control} \
+        --out assets/more_prompts.png
     python -m tests.exercises.attention_sink "$SMOLLM2" --data "$ALPACA" --out assets/attention_sink.png
-    python -m tests.exercises.learning_curve "$OUT"/sink-{gist,neg_control} "$OUT"/smollm2-pos_control \
-        --metric loss --window 30 --out assets/smollm2.png
-    python -m tests.exercises.learning_curve "$OUT"/sink-gist "$OUT"/distilled-{426,1600} \
-        "$OUT"/smollm2-{pos,neg}_control --out "$OUT/shares.png"
     python profile.py run "$SMOLLM2" --prompt_tokens 32 64 128 256 512 --out assets/profile.png
 }
 

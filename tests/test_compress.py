@@ -138,11 +138,41 @@ def test_a_released_gist_model_answers_as_the_run_that_it_was(tmp_path, capsys):
         (released, {}, "give --n_gist"),
         (released, {"n_gist": 2}, "--base"),
         (base_folder, {"n_gist": 2}, "no row for a gist token"),
-        (run, {"n_gist": 2}, "leave --n_gist"),
+        (run, {"n_gist": 2}, "leave out --n_gist"),
         (run, {"condition": "gist"}, "--condition"),
     ):
         with pytest.raises(data.DataError, match=says):
             compress(path, capsys, **options, **what)
+    # What training starts from it keeps the gist token that it has; a stock model gets a new one.
+    for init_from, base, is_kept in ((released, base_folder, True), (base_folder, None, False)):
+        config = train.Config(init_from=init_from, base=base, n_gist=2, device="cpu")
+        start, _ = train.make_model(train.fill_in(config), [], tokenizer)
+        rows = start.embedding.weight
+        assert len(rows) == tokenizer.vocab_size
+        assert torch.equal(rows[-1], rows[:-1].mean(dim=0)) is not is_kept
+
+
+def test_the_command_that_is_shown_next_works_for_a_released_model(folder, tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    model, tokenizer = data.load_model(run)
+    released = str(tmp_path / "released")
+    data.save_model(released, model, tokenizer)
+    options = dict(n_gist=2, condition="gist", device="cpu", data_dir=str(folder))
+    evaluation.evaluate_runs([released], max_new_tokens=1, **options)
+    shown = capsys.readouterr().out.splitlines()[-1]
+    assert (
+        shown.split()[1:]
+        == (
+            f"python eval.py compress {released} --n_gist 2 --condition gist "
+            "--instruction TEXT --input TEXT"
+        ).split()
+    )
+
+
+def test_a_run_without_gist_tokens_has_nothing_to_compress_into(tmp_path, capsys):
+    run = make_run(tmp_path / "run", condition="pos_control", n_gist=0)
+    with pytest.raises(data.DataError, match="without gist tokens"):
+        compress(run, capsys, instruction="Say a.")
 
 
 def test_the_command_ends_quietly_when_its_reader_has_seen_enough(tmp_path):

@@ -226,7 +226,7 @@ def input_first(e):
 NO_CACHE = (
     "an encoder cannot read a prompt before its input",
     "a cache cannot stand for this prompt",
-    "part of the input stands before the gist",
+    "part of the prompt is labeled INPUT",
 )
 LAYOUTS = {
     "the gist after the input, too": gist_after_input_too,

@@ -344,8 +344,8 @@ def test_an_outputs_file_of_another_shape_is_refused(tmp_path, content, says):
         (["score", "nowhere.csv"], "nowhere.csv"),
         (["run", "nowhere", "--max_length", "0"], "--max_length"),
         (["run", "nowhere", "--n_gist", "1", "--condition", "magic"], "--condition"),
-        (["run", "{run}", "--condition", "neg_control"], "leave --n_gist, --condition"),
-        (["run", "{run}", "--n_gist", "1"], "leave --n_gist, --condition"),
+        (["run", "{run}", "--condition", "neg_control"], "leave out --n_gist, --condition"),
+        (["run", "{run}", "--n_gist", "1"], "leave out --n_gist, --condition"),
         (["run", "{run}", "--device", "cpu:banana"], "cpu:banana"),
         ([], "required"),
     ],
@@ -406,3 +406,8 @@ def test_every_command_explains_its_flags_and_shows_their_defaults(capsys):
 def test_the_script_runs(runs, evaluated):
     done = command("score", f"{runs['llama']}/outputs-unseen.csv")
     assert done.returncode == 0 and "rougeL" in done.stdout, done.stderr
+
+
+def test_a_table_has_counts_as_whole_numbers_and_shares_in_percent(capsys):
+    evaluation.print_table({"a": {"n": 1_234_567, "rougeL": 0.51, "loss": 2.5}})
+    assert capsys.readouterr().out.split() == ["n", "rougeL", "loss", "a", "1,234,567", "51", "2.5"]

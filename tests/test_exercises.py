@@ -39,6 +39,7 @@ from exercises import (  # isort: skip
     long_prompts,
     mean_of_two_gists,
     micro,
+    more_prompts,
     several_gists,
     what_else_to_keep,
     where_one_token_fails,
@@ -270,6 +271,31 @@ def test_learning_curve_gives_the_share_and_the_interval_of_a_binomial(tmp_path)
     (tmp_path / "pos_control" / "metrics.json").write_text(json.dumps(metrics))
     with pytest.raises(data.DataError, match="llama and t5"):
         learning_curve.read_runs([str(tmp_path / c) for c in right], "unseen")
+
+
+def test_more_prompts_draws_the_line_on_which_the_shares_lie(tmp_path):
+    def loss(n):  # of n prompts: the share is 10 + 8 log(n), in percent
+        return 2.0 - (10 + 8 * math.log(n)) / 100
+
+    entries = [{"step": step, "loss": 1.0} for step in range(1, 41)]
+    for step in (10, 20, 40):
+        entries[step - 1]["loss_unseen"] = loss(8 * step)
+    for name, metrics in (("gist", {}), ("pos", {"loss": 1.0}), ("neg", {"loss": 2.0})):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "metrics.json").write_text(json.dumps({"unseen": metrics}))
+        (folder / "config.json").write_text(json.dumps({"gisting": {"batch_size": 8}}))
+        (folder / "train_log.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    runs, picture = [tmp_path / name for name in ("gist", "pos", "neg")], tmp_path / "more.png"
+    lines = run("more_prompts", *runs, "--more", 1000, "--out", picture).splitlines()
+    rows = [[float(cell.replace(",", "")) for cell in line.split()[:4]] for line in lines[1:4]]
+    for row, n in zip(rows, (80, 160, 320)):
+        share = 10 + 8 * math.log(n)
+        assert row == pytest.approx([n, loss(n), share, share], abs=0.051)
+    assert lines[4].split()[:2] == ["1,000", f"{10 + 8 * math.log(1000):.1f}"]
+    assert picture.stat().st_size > 5000
+    with pytest.raises(data.DataError, match="give|--eval_every"):
+        more_prompts.logged_losses(str(tmp_path / "gist"), "human")
 
 
 def test_learning_curve_of_losses_takes_the_same_batches_of_all_three(tmp_path):
@@ -711,13 +737,15 @@ def test_micro_learns_one_instruction_in_a_few_steps():
 # ---- Facts ----
 
 
-def test_a_record_of_facts_asks_for_one_of_them():
-    rng = random.Random(0)
-    for n in (1, 2, 8):
-        record = where_one_token_fails.make_record(n, rng)
-        facts = [fact.split() for fact in record["instruction"].split(", ")]
-        assert len(facts) == n and facts[record["place"]] == [record["input"], record["output"]]
-        assert len(dict(facts)) == n  # no name twice
+@pytest.mark.parametrize("n_facts, n_asked", [(1, 1), (2, 1), (8, 1), (8, 3), (8, 8)])
+def test_a_record_of_facts_asks_for_some_of_them(n_facts, n_asked):
+    record = where_one_token_fails.make_record(n_facts, n_asked, random.Random(0))
+    facts = [fact.split() for fact in record["instruction"].split(", ")]
+    values = dict(facts)
+    assert len(facts) == len(values) == n_facts  # no name twice
+    asked = record["input"].split()
+    assert len(set(asked)) == n_asked and facts[record["place"]][0] == asked[0]
+    assert record["output"].split() == [word for name in asked for word in (name, values[name])]
 
 
 def test_percentages_of_facts_are_those_of_their_group():
@@ -728,9 +756,9 @@ def test_percentages_of_facts_are_those_of_their_group():
     assert where_one_token_fails.by_place(right, tests) == {"first": 0, "middle": 50, "last": 100}
 
 
-def test_where_one_token_fails_runs_and_draws(tmp_path):
-    picture = tmp_path / "facts.png"
-    flags = ("--n_gist", 1, 2, "--max_facts", 3, *SHORT, "--n_test", 4, "--out", picture)
+def test_where_one_token_fails_runs_and_draws(make_run, tmp_path):
+    picture, start = tmp_path / "facts.png", make_run("llama", "pos_control")
+    flags = (start, "--n_gist", 1, 2, "--max_facts", 3, *SHORT, "--n_test", 4, "--out", picture)
     lines = run("where_one_token_fails", *flags).splitlines()
     assert [line.split(" 1: ")[0] for line in lines] == [
         "gist, 1 tokens",
@@ -812,10 +840,16 @@ def test_gist_lora_answers_from_a_cached_gist_as_from_the_whole_row(lora, record
     assert eval.answer(model, tokenizer, examples, "gist", 8, cache) == whole
 
 
-def test_gist_lora_runs(make_run):
-    flags = ("--rank", 2, "--max_steps", 2, "--n_train", 100, "--n_test", 5)
-    text = run("gist_lora", make_run("llama", "pos_control"), *flags)
+def test_gist_lora_trains_like_train_py_and_goes_on(make_run, folder, tmp_path):
+    start, out = make_run("llama", "pos_control"), tmp_path / "lora"
+    begin = ("--init_from", start, "--data", folder, "--out_dir", out)
+    flags = (*begin, "--rank", 2, "--n_test", 5, "--max_steps", 2, "--lr", 1e-2, "--n_gist", 2)
+    text = run("gist_lora", *flags)
     assert "LoRA of rank 2" in text and text.splitlines()[-1].endswith("True")
+    assert "LoRA of rank 2" in run("gist_lora", *flags, "--resume")  # nothing left to train
+    command = [sys.executable, "train.py", "--resume", "--out_dir", out]
+    refused = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
+    assert refused.returncode == 2 and "LoRA of rank 2" in refused.stderr
 
 
 def test_keywords_are_the_words_of_the_highest_tfidf():

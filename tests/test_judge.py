@@ -396,7 +396,9 @@ def test_the_same_command_with_other_answers_or_another_judge_is_refused(
     assert len(server.log) == asked
 
 
-@pytest.mark.parametrize("change", ["negative", "no number", "another answer", "no dict", "text"])
+@pytest.mark.parametrize(
+    "change", ["negative", "no number", "another answer", "no dict", "text", "a word"]
+)
 def test_a_damaged_judgments_file_is_refused_and_stays_as_it_is(
     server, tmp_path, monkeypatch, change
 ):
@@ -409,6 +411,7 @@ def test_a_damaged_judgments_file_is_refused_and_stays_as_it_is(
         "another answer": json.dumps(last | {"a": "?"}) + "\n",
         "no dict": "5\n",
         "text": "my notes",
+        "a word": "row",
     }[change]
     (tmp_path / "j.json").write_text(changed)
     asked = len(server.log)

@@ -25,7 +25,7 @@ def draw_n_gist(axes, runs: list[str], metric: str) -> None:
     lines = {}  # (split, label) -> (n_gist, score) of every run
     for run in runs:
         file = Path(run) / "metrics.json"
-        with data.reading(file, f"first: python eval.py run {run}"):
+        with data.one_line_errors(file, f"first: python eval.py run {run}"):
             metrics = json.loads(file.read_bytes())
             for split in metrics.keys() & set(data.SPLITS):
                 label = f"{metrics['arch']} {metrics['condition']}"
@@ -46,7 +46,7 @@ def score_families(file: str) -> dict[str, dict]:
     """The scores of an outputs file by family. Raises data.DataError."""
     pairs = {}
     for row in eval.read_outputs(file):
-        with data.reading(file, "evaluate again, with built-in instructions"):
+        with data.one_line_errors(file, "evaluate again, with built-in instructions"):
             pairs.setdefault(row["family"], []).append((row["y_pred"], row["y_true"]))
     return {name: eval.score(pairs[name]) for name in sorted(pairs)}
 
@@ -61,7 +61,7 @@ def draw_families(ax, runs: list[str], metric: str) -> None:
         families = score_families(f"{run}/outputs-unseen.csv")
         print(f"\n{run}")
         eval.print_table(families)
-        with data.reading(f"--metric {metric}", "choose one of eval.score"):
+        with data.one_line_errors(f"--metric {metric}", "choose one of eval.score"):
             heights = [100 * scores[metric] for scores in families.values()]
             guesses = [100 * scores["commonest"] for scores in families.values()]
         left = [place + i * width for place in range(len(families))]

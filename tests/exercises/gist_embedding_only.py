@@ -25,7 +25,6 @@ The row learns what answers look like in general, and nothing of the instruction
 
 import argparse
 import random
-from statistics import mean
 
 import torch
 
@@ -67,20 +66,14 @@ def train_under_gist_mask(
 
 
 def show(name: str, model, tokenizer, examples: list[data.Example], condition: str) -> None:
-    """Print loss and exact match of examples under a condition's mask."""
+    """Print loss, exact match and ROUGE-L of examples under a condition's mask."""
     loss, texts = eval.evaluate(model, tokenizer, examples, condition)
-    right = mean(text == e.record["output"] for text, e in zip(texts, examples))
-    print(f"{name:24}  {condition:11}  loss {loss:.2f}  {100 * right:5.1f} % right", flush=True)
-
-
-def open_with_examples(run: str, n_train: int, n_test: int):
-    """A run's model and tokenizer, and built-in examples: to train, and unseen ones."""
-    model, tokenizer, config = eval.open_run(run)
-    splits = data.builtin(n_train, n_test)
-    sizes = {name: config[name] for name in ("n_gist", "arch", "see_start")}
-    examples, _ = data.make_examples(splits["train"], tokenizer, **sizes)
-    unseen, _ = data.make_examples(splits["unseen"], tokenizer, **sizes)
-    return model, tokenizer, examples, unseen
+    scores = eval.score([(text, e.record["output"]) for text, e in zip(texts, examples)])
+    right, rouge = 100 * scores["exact_match"], 100 * scores["rougeL"]
+    print(
+        f"{name:24}  {condition:11}  loss {loss:.2f}  {right:5.1f} % right  ROUGE-L {rouge:5.1f}",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -92,8 +85,11 @@ def main() -> None:
     parser.add_argument("--n_train", type=int, default=50_000)
     parser.add_argument("--n_test", type=int, default=300)
     flags = parser.parse_args()
-    model, tokenizer, *both = open_with_examples(flags.run, flags.n_train, flags.n_test)
-    examples, unseen = both
+    model, tokenizer, config = eval.open_run(flags.run)
+    splits = data.builtin(flags.n_train, flags.n_test)
+    layout = train.layout_options(config, "train")
+    examples, _ = data.make_examples(splits["train"], tokenizer, **layout)
+    unseen, _ = data.make_examples(splits["unseen"], tokenizer, **layout)
     for condition in ("pos_control", "neg_control", "gist"):
         show("as it was", model, tokenizer, unseen, condition)
     sizes = {"steps": flags.steps, "size": flags.batch_size, "lr": flags.lr}

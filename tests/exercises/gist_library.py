@@ -40,7 +40,7 @@ def load_gist(file: data.AnyPath, model: data.Model) -> tuple[Cache, str]:
     def to_model(x):
         return x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
 
-    with data.reading(file, "make it again with --instruction"):
+    with data.one_line_errors(file, "make it again with --instruction"):
         content = data.unpickle(file)
         if content["model"] != model_id(model):
             raise ValueError("a gist of another model")

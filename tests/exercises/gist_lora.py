@@ -1,7 +1,8 @@
 """LoRA at the gist's positions only: the model stays, and its gist tokens get weights of their own.
 
     python train.py --n_gist 1 --condition pos_control
-    python -m tests.exercises.gist_lora out/llama-pos_control-1        # a quarter of an hour
+    python -m tests.exercises.gist_lora --init_from out/llama-pos_control-1 --lr 3e-3 \
+        --out_dir out/lora                                        # a quarter of an hour
 
 For most tokens a projection is W x, and W is frozen. For a gist token it is
 
@@ -14,7 +15,8 @@ the idea of Activation Beacon (Zhang et al. 2024, arXiv 2401.03462) and 500xComp
 2024, arXiv 2408.03094).
 
 Nothing in model.py changes. `Llama.hidden` is where all tokens pass, in training, compressing and
-answering, so a subclass can note there which of them are gists.
+answering, so a subclass can note there which of them are gists. All flags but --rank and --n_test
+are those of train.py.
 
 Exact match and loss on 300 unseen instructions, with the pos_control run of the README, 3,000 steps:
 
@@ -26,6 +28,7 @@ as a whole (90%), from 6% as many weights, and what reads the gist was never cha
 """
 
 import argparse
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +36,7 @@ from torch import Tensor, nn
 import data
 import train
 from model import Linear, Llama
-from tests.exercises.gist_embedding_only import open_with_examples, show
+from tests.exercises.gist_embedding_only import show
 
 PROJECTIONS = ("wq", "wk", "wv", "wo")  # of attention
 
@@ -78,32 +81,41 @@ class GistLora(Llama):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a low-rank change for gist tokens alone.")
-    parser.add_argument("run", help="a pos_control LLaMA run of train.py on the built-in data")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--max_steps", type=int, default=3000)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--n_train", type=int, default=100_000)
-    parser.add_argument("--n_test", type=int, default=300)
-    flags = parser.parse_args()
-    frozen, tokenizer, *both = open_with_examples(flags.run, flags.n_train, flags.n_test)
-    examples, unseen = both
-    if not isinstance(frozen, Llama):
-        raise data.DataError(f"{flags.run}: no decoder; give a run of --arch llama")
-    device = frozen.embedding.weight.device
-    torch.manual_seed(0)
-    model = GistLora(frozen, tokenizer.gist_id, flags.rank).to(device).eval()
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{trained:,} weights to train, {sum(p.numel() for p in frozen.parameters()):,} frozen")
+    if {"-h", "--help"} & set(sys.argv):
+        print("--rank N of the change; --n_test N unseen examples. All other flags: train.py's.")
+        train.read_flags()
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--rank", type=data.at_least(1), default=16)
+    parser.add_argument("--n_test", type=data.at_least(1), default=300)
+    flags, sys.argv[1:] = parser.parse_known_args()
 
+    def make_model(config, records, tokenizer=None):
+        frozen, tokenizer = train.make_model(config, records, tokenizer)
+        if not isinstance(frozen, Llama):
+            raise data.DataError("no decoder; give a LLaMA in --init_from")
+        torch.manual_seed(config.seed)
+        model = GistLora(frozen, tokenizer.gist_id, flags.rank)
+        n = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        print(f"{n:,} weights to train")
+        return model, tokenizer
+
+    def loss(model, batch, condition):
+        return train.batch_loss(model, batch, condition)
+
+    loss.__name__ = f"LoRA of rank {flags.rank}"  # so that train.py does not --resume it
+    model, tokenizer, config, stopped = train.train(train.read_flags(), loss, make_model)
+    train.exit_if_stopped(stopped)
+
+    splits = data.load_instructions(config.data, config.seed)
+    frozen, _ = train.make_model(config, splits["train"], tokenizer)
+    frozen.to(config.device).eval()
+    layout = train.layout_options(vars(config), "unseen")
+    unseen, _ = data.make_examples(splits["unseen"][: flags.n_test], tokenizer, **layout)
     for condition in ("pos_control", "neg_control", "gist"):
-        show("as it was", model, tokenizer, unseen, condition)
-    config = train.Config(max_steps=flags.max_steps, optimizer="adamw", lr=flags.lr)
-    train.fit(model, tokenizer, examples, train.fill_in(config))
-    model.eval()
-    show(f"LoRA of rank {flags.rank}", model, tokenizer, unseen, "gist")
+        show("as it was", frozen, tokenizer, unseen, condition)
+    show(loss.__name__, model, tokenizer, unseen, config.condition)
 
-    text = torch.tensor([example.input for example in unseen[:1]], device=device)
+    text = torch.tensor([example.input for example in unseen[:1]], device=config.device)
     with torch.no_grad():
         same = torch.equal(model(text), frozen(text))
     print("text without a gist has the same logits as before:", same)

@@ -41,7 +41,7 @@ def read_runs(runs: list[str], split: str) -> dict[int, dict[str, Path]]:
     files, archs = {}, set()
     for run in runs:
         file = Path(run) / "metrics.json"
-        with data.reading(file, f"first: python eval.py run {run}"):
+        with data.one_line_errors(file, f"first: python eval.py run {run}"):
             metrics = json.loads(file.read_bytes())
             steps, condition = metrics["steps"], metrics["condition"]
             archs.add(metrics["arch"])
@@ -76,11 +76,11 @@ def read_losses(runs: list[str], window: int) -> dict[int, list[np.ndarray]]:
     """The losses (window,) of each of NAMES, by the step at which a window ends."""
     losses, configs = {}, {}
     for run in runs:
-        with data.reading(Path(run) / "config.json", "give a run of train.py"):
+        with data.one_line_errors(Path(run) / "config.json", "give a run of train.py"):
             config = data.read_config(run)["gisting"]
             configs[run] = [config[name] for name in SAME]
         log = Path(run) / "train_log.jsonl"
-        with data.reading(log, "give a run of train.py"):
+        with data.one_line_errors(log, "give a run of train.py"):
             lines = [json.loads(line) for line in log.read_bytes().splitlines()]
             losses[config["condition"]] = np.array([float(line["loss"]) for line in lines])
         if configs[run] != configs[runs[0]]:

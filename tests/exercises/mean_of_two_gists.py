@@ -7,8 +7,8 @@ A gist's keys and values are numbers, so two gists have a mean. The program answ
 middle: one of the two, a blend, or nonsense? Where does it change?
 
 For "Add lamp before the first word." and "... after the last word.", the main job's model answered
-"lamp fox cup sun" up to t = 0.5, "fox fox cup sun" at 0.6, "fox cup sun" at 0.7, and "fox cup sun
-lamp" from 0.8 on: one of the two almost everywhere, and nonsense in a narrow zone between.
+"lamp fox cup sun" up to t = 0.5, "fox cup sun" at 0.6 and 0.7, and "fox cup sun lamp" from 0.8 on:
+one of the two almost everywhere, and something else in a narrow zone between.
 """
 
 import argparse

@@ -13,7 +13,7 @@ Usually a model looks back at the prompt while it writes the output. Gisting (Mu
 the prompt from all that follows G and trains as usual: the model must put what the prompt says into
 G's keys and values. Then a prompt is run once, G's are kept, and any list is answered from them.
 
-Of 1,000 outputs to prompts that training did not have, 99.5% are right with gist; with pos_control,
+Of 1,000 rows whose prompts training never saw, 99.5% come out right with gist; with pos_control,
 where nothing is hidden, 100.0%; with neg_control, where prompt and gist are hidden, 0.3%.
 
 Shapes: B batch, T new tokens, S keys, H heads, D width, K head width, V vocabulary.
@@ -25,9 +25,9 @@ import torch
 from torch import nn
 
 LETTERS = list("abcdefghijklmnop")
-PLACES = {"front": (0, 1), "back": (4, 5), "ends": (0, 5), "middle": (2, 3)}  # of a, b in outputs
+PLACES = {"front": (0, 1), "back": (4, 5), "ends": (0, 5), "middle": (2, 3)}  # where a, b go
 VOCABULARY = [*LETTERS, *PLACES, "G", "="]
-GIST, INPUT, OUTPUT, END = 3, 4, 9, 15  # the columns where the parts of a row begin
+GIST, INPUT, OUTPUT, END = 3, 4, 9, 15  # the columns where the parts begin; END: a row's length
 # How many columns, from the left, the input may not see.
 HIDDEN = {"neg_control": INPUT, "pos_control": 0, "gist": GIST}
 D, D_FF, H = 64, 256, 4  # widths of model and feed-forward, number of heads
@@ -116,14 +116,14 @@ def compress(model, prompts):
 
 
 def answer(model, tokens, condition, gist=None):
-    """Write the outputs (B, 6) of rows up to =, (B, OUTPUT), or, from a gist, of inputs alone."""
-    start = OUTPUT - tokens.shape[1]  # the first query's column; from a gist it is 4, that of p
-    first_key = start if gist is None else GIST  # then 3: queries p c f d =, keys G p c f d =
+    """Write the outputs, (B, 6), of rows up to =, (B, 9); with a gist, of inputs alone, (B, 5)."""
+    first_query = OUTPUT - tokens.shape[1]  # column of the first token: 0; of an input 4, that of p
+    first_key = 0 if gist is None else GIST  # with a gist: queries p c f d =, keys G p c f d =
     for end in range(OUTPUT, END):  # the column to write
-        mask = gist_mask(condition)[start:end, first_key:end]  # (T, S), part of the whole row's
-        logits, _ = model(tokens, torch.arange(start, end), mask, gist)
+        mask = gist_mask(condition)[first_query:end, first_key:end]  # (T, S) of the whole mask
+        logits, _ = model(tokens, torch.arange(first_query, end), mask, gist)
         tokens = torch.cat([tokens, logits[:, -1:].argmax(dim=2)], dim=1)  # add the likeliest
-    return tokens[:, OUTPUT - start :]
+    return tokens[:, OUTPUT - first_query :]
 
 
 def main(steps=800):
@@ -133,13 +133,13 @@ def main(steps=800):
     rng.shuffle(instructions)
     rows = make_rows(instructions[100:], 50_000, rng)
     tests = make_rows(instructions[:100], 1_000, rng)  # training has none of these instructions
-    for condition in HIDDEN:
-        model = train(condition, rows, steps)
+    models = {condition: train(condition, rows, steps) for condition in HIDDEN}
+    for condition, model in models.items():
         answers = answer(model, tests[:, :OUTPUT], condition)
         right = (answers == tests[:, OUTPUT:]).all(dim=1)  # (1000,) the whole output
         print(f"{condition:11}  {right.float().mean():6.1%} right")
-    # The last model is the gist's. Compress one prompt, once, and answer 1,000 inputs from it.
-    prompt, inputs = tests[:1, :INPUT], tests[:, INPUT:OUTPUT]
+    # Compress one prompt, once, and answer 1,000 inputs from its gist.
+    model, prompt, inputs = models["gist"], tests[:1, :INPUT], tests[:, INPUT:OUTPUT]
     outputs = answer(model, inputs, "gist", compress(model, prompt))
     whole = torch.cat([prompt.expand(1_000, -1), inputs], dim=1)  # the same without a cache
     print("the cached gist changes no answer:", torch.equal(outputs, answer(model, whole, "gist")))

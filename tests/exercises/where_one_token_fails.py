@@ -1,11 +1,12 @@
 """Where one token fails: a prompt of k facts, asked for one of them.
 
-    python -m tests.exercises.where_one_token_fails --out facts.png        # an hour on one core
+    python train.py --n_gist 1 --condition pos_control
+    python -m tests.exercises.where_one_token_fails out/llama-pos_control-1 --out facts.png
 
 An instruction can be said in other words; facts cannot. Here the prompt is k random pairs of words,
-the input names a first word, and the output is the second:
+the input names a first word, and the output is its pair:
 
-    Instruction: fox lamp, cup sun, kite bread <G>   Input: cup   Output: sun
+    Instruction: fox lamp, cup sun, kite bread <G>   Input: cup   Output: cup sun
 
 A pair of 157 words is 14.6 bits, and nothing in one pair helps to guess another. At which k do 1, 2
 and 5 gist tokens fail, and which facts are lost: the first, those in the middle, the last? For each
@@ -13,16 +14,15 @@ number of gist tokens a model is trained on prompts of 1 to 8 facts, and one mor
 what the whole prompt in sight gets right is what the model can do, what is missing under it is the
 gist's fault. All are tested with other prompts, 200 for each k.
 
-With --n_gist 1 5 --max_facts 4 --max_steps 1500 (nine minutes on one core), exact match in percent
-for prompts of 1, 2, 3 and 4 facts; one seed:
+Looking a fact up takes two steps, find the name and read what follows, and is learned late. Three
+things make it early: a start from a model that follows instructions, several questions in a row
+while it trains, and an answer that repeats the name.
 
-    gist, 1 token     100   52   38   25
-    gist, 5 tokens    100   48   34   29
-    pos_control       100   49   40   31
+Results of the full run (one seed; the share of prompts of 1 to 8 facts that are right, in percent):
 
-All are near 100 / k: after so few steps a model gives one of the values, but not yet the one that
-was asked for, even with the whole prompt in sight. So look at pos_control first: where it fails,
-nothing can be said of the gist. The default trains twice as long; it was not run fully.
+    gist, 1 token     100   51   33   31   25   18   16   16
+    gist, 2 tokens    100   46   33   25   19   15   14   16
+    gist, 5 tokens    100   45   39   21   24   17   14   19
 """
 
 import argparse
@@ -34,21 +34,25 @@ import eval
 import train
 
 
-def make_record(n_facts: int, rng: random.Random) -> dict:
-    """A prompt of n_facts pairs of words, and a question for one: for the pair number `place`."""
+def make_record(n_facts: int, n_asked: int, rng: random.Random) -> dict:
+    """A prompt of n_facts pairs of words, and a question for n_asked of them, in any order.
+
+    place: that of the pair that is asked for first.
+    """
     names = rng.sample(data.WORDS, n_facts)  # so that a question has one answer
     values = rng.choices(data.WORDS, k=n_facts)
-    place = rng.randrange(n_facts)
+    pairs = [f"{name} {value}" for name, value in zip(names, values)]
+    places = rng.sample(range(n_facts), n_asked)
     return {
-        "instruction": ", ".join(f"{name} {value}" for name, value in zip(names, values)),
-        "input": names[place],
-        "output": values[place],
+        "instruction": ", ".join(pairs),
+        "input": " ".join(names[place] for place in places),
+        "output": " ".join(pairs[place] for place in places),
         "n_facts": n_facts,
-        "place": place,
+        "place": places[0],
     }
 
 
-def run(config: train.Config, records: list[dict], tests: list[dict]) -> list[bool]:
+def answer(config: train.Config, records: list[dict], tests: list[dict]) -> list[bool]:
     """Train a model on records. Returns for every test whether it is answered right."""
     config = train.fill_in(config)
     model, tokenizer = train.make_model(config, records)
@@ -93,23 +97,28 @@ def draw(numbers: dict, places: dict, file: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Ask for one of many facts in a prompt.")
+    parser.add_argument("run", help="of pos_control: what all start from")
     parser.add_argument("--n_gist", type=int, nargs="+", default=[1, 2, 5])
     parser.add_argument("--max_facts", type=int, default=8)
-    parser.add_argument("--max_steps", type=int, default=3000)
+    parser.add_argument("--max_steps", type=int, default=2000)
     parser.add_argument("--n_train", type=int, default=100_000)
     parser.add_argument("--n_test", type=int, default=200, help="for each number of facts")
     parser.add_argument("--out", default="facts.png")
     flags = parser.parse_args()
     rng = random.Random(0)
     numbers = range(1, flags.max_facts + 1)
-    records = [make_record(rng.choice(numbers), rng) for _ in range(flags.n_train)]
-    tests = [make_record(n, rng) for n in numbers for _ in range(flags.n_test)]
+    records = []
+    for _ in range(flags.n_train):
+        n_facts = rng.choice(numbers)
+        records.append(make_record(n_facts, rng.randint(1, n_facts), rng))
+    tests = [make_record(n, 1, rng) for n in numbers for _ in range(flags.n_test)]
 
+    start = dict(init_from=flags.run, optimizer="muon", lr=3e-3, max_steps=flags.max_steps)
     models = {f"gist, {n} tokens": {"n_gist": n} for n in flags.n_gist}
     models["pos_control"] = {"n_gist": 1, "condition": "pos_control"}
     of_numbers, of_places = {}, {}
     for name, fields in models.items():
-        right = run(train.Config(**fields, max_steps=flags.max_steps), records, tests)
+        right = answer(train.Config(**fields, **start), records, tests)
         of_numbers[name], of_places[name] = by_number(right, tests), by_place(right, tests)
         percents = of_numbers[name] | of_places[name]
         print(name, "  ".join(f"{key}: {x:.1f}" for key, x in percents.items()), flush=True)
