@@ -18,11 +18,17 @@ Looking a fact up takes two steps, find the name and read what follows, and is l
 things make it early: a start from a model that follows instructions, several questions in a row
 while it trains, and an answer that repeats the name.
 
-Results of the full run (one seed; the share of prompts of 1 to 8 facts that are right, in percent):
+Results of the full run (40 minutes of one core, one seed): right in percent, for 1 to 8 facts:
 
     gist, 1 token     100   51   33   31   25   18   16   16
     gist, 2 tokens    100   46   33   25   19   15   14   16
     gist, 5 tokens    100   45   39   21   24   17   14   19
+    pos_control       100  100  100  100  100  100  100  100
+
+With the prompt in sight, all facts are looked up, after 500 steps already. From a gist, the model
+gives one of the k values, whichever place its fact has: 100 / k percent. Five tokens are no better
+than one, so it is not room that is missing. What each value belongs to is not written down, and
+2,000 steps do not teach it; whether more would was not measured.
 """
 
 import argparse
