@@ -7,7 +7,7 @@ tokenized separately and joined as ids, so that the prompt's tokens never depend
     T5      source: "Instruction: {instruction}" <G>...<G> "Input: {input}" </s>
             target: "{output}" </s>
 
-An example without an input has just "Output:" (T5: </s>) after the gist. With LLaMA's tokenizer
+An example without an input has just "Output:" (T5: </s>) after the gist. With LLaMA's tokenizer,
 this gives the paper's own token counts.
 
 The file reads in the order in which data flows: instructions, the text layout, batches, tokenizers,
@@ -750,9 +750,8 @@ def save_model(
         }
         end += tensor.nbytes
     header_bytes = json.dumps(header).encode()
-    header_bytes += b" " * (
-        -(8 + len(header_bytes)) % 64
-    )  # tensors begin at a multiple of 64 bytes
+    n_padding = -(8 + len(header_bytes)) % 64  # so that tensors begin at a multiple of 64 bytes
+    header_bytes += b" " * n_padding
     save_config(path, model, tokenizer, gisting)
     with replacing(Path(path) / "model.safetensors") as f:
         f.write(len(header_bytes).to_bytes(8, "little") + header_bytes)
@@ -919,7 +918,7 @@ def in_turn(first: Task, second: Task) -> Task:
 
 def make_record(task: Task, rng: random.Random) -> dict:
     """An example of an instruction: a random list of 3 to 5 words, and the answer."""
-    asked = task.slots[:3]  # words that the list has not by chance (two steps: any may be in it)
+    asked = task.slots[:3]  # none of these words is in the list by chance (two steps: it may be)
     words = [word for word in rng.sample(WORDS, 8) if word not in asked]
     words = words[: rng.randint(3, 5)]
     place = rng.randrange(len(words))

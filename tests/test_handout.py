@@ -124,7 +124,7 @@ WRONG = {
         ("t5.relative_buckets", "if bidirectional else n_buckets", "if False else n_buckets"),
         ("t5.relative_buckets", "relative_position > 0", "relative_position >= 0"),
         ("t5.relative_buckets", "relative_position > 0", "relative_position < 0"),  # the sign
-        ("t5.relative_buckets", "bucket + n if bidirectional else torch.zeros_like(bucket)", "bucket + n"),
+        ("t5.relative_buckets", " if bidirectional else torch.zeros_like(bucket)", ""),
         ("t5.relative_buckets", "math.ceil", "math.floor"),
     ],
     11: [
