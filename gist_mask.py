@@ -156,27 +156,23 @@ def masking(
 
     Raises ValueError if these rows cannot be answered from a cache (`check_cache`).
     """
-    C, whole_rows = 0, segments
+    C, rows = 0, segments
     if cache is not None:
         if cache.segments is None:
             raise ValueError("a cache needs segments: make it with compress_prompts")
         cached = cache.expand(len(segments)).segments  # (B, C)
         check_cache(model, cached, segments, condition)
-        C, whole_rows = cache.length, torch.cat([cached, segments], dim=1)  # (B, C + T)
+        C, rows = cache.length, torch.cat([cached, segments], dim=1)  # (B, C + T)
     if not hasattr(model, "encoder"):
-        whole_rows = F.pad(
-            whole_rows, (0, n_new), value=INPUT
-        )  # what it writes belongs to the input
+        rows = F.pad(rows, (0, n_new), value=INPUT)  # what it writes belongs to the input
         return {
-            "mask": decoder_mask(whole_rows, condition)[
-                :, :, C:
-            ],  # (B, 1, T + n_new, C + T + n_new)
-            "positions": positions(whole_rows)[:, C:],  # (B, T + n_new)
+            "mask": decoder_mask(rows, condition)[:, :, C:],  # (B, 1, T + n_new, C + T + n_new)
+            "positions": positions(rows)[:, C:],  # (B, T + n_new)
         }
     arguments = {
-        "mask": encoder_mask(whole_rows, condition)[:, :, C:],  # (B, 1, T, C + T)
-        "positions": positions(whole_rows)[:, C:],  # (B, T)
-        "cross_mask": cross_mask(whole_rows, condition),  # (B, 1, 1, C + T)
+        "mask": encoder_mask(rows, condition)[:, :, C:],  # (B, 1, T, C + T)
+        "positions": positions(rows)[:, C:],  # (B, T)
+        "cross_mask": cross_mask(rows, condition),  # (B, 1, 1, C + T)
     }
     return arguments if target is None else arguments | {"target": target}
 

@@ -277,8 +277,8 @@ class Llama(nn.Module):
         mask, positions = causal_unless_given(mask, positions, columns, C, tokens.device)
 
         def next_logits(new: Tensor, start: int) -> Tensor:
-            # The new tokens stand in the row from start to end. They look, as the mask's queries in
-            # these places say, at the cache's C columns and at the row up to end.
+            # The new tokens are start to end of the row: these queries of the mask. The keys are
+            # the cache's C columns and the row up to end.
             end = start + new.shape[1]
             seen = mask[:, :, start:end, : C + end]
             hidden = self.hidden(new, seen, positions[:, start:end], past)
