@@ -96,17 +96,17 @@ class Attention(nn.Module):
         # is as wide as all keys so far, the new ones last.
         if past is not None:
             k, v = append(past, k, v, end=mask.shape[-1])  # (B, S, H_kv, K)
-        # A group of query heads shares one head of keys and values.
+        # Query heads that share a head of keys and values are so many more queries of it.
         group = q.shape[2] // k.shape[2]
-        if group > 1 and x.is_cuda:  # no fast kernel there takes both a mask and groups
-            k = k.repeat_interleave(group, dim=2)
-            v = v.repeat_interleave(group, dim=2)
-        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H or H_kv, T or S, K)
+        q = q.unflatten(2, (-1, group)).permute(0, 2, 1, 3, 4)  # (B, H_kv, T, group, K)
+        q = q.flatten(2, 3)  # (B, H_kv, T * group, K)
+        mask = mask.repeat_interleave(group, dim=2)  # (B or 1, 1, T * group, S)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, H_kv, S, K)
         # Score all pairs, hide those that the mask forbids, and average the values by what is left.
-        is_grouped = k.shape[1] < q.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=is_grouped)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         # Put the heads side by side, and mix them.
-        return self.wo(out.transpose(1, 2).flatten(2))  # (B, T, D)
+        out = out.unflatten(2, (-1, group)).transpose(1, 2)  # (B, T, H_kv, group, K)
+        return self.wo(out.flatten(2))  # (B, T, D)
 
 
 class FeedForward(nn.Module):

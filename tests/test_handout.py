@@ -63,10 +63,11 @@ WRONG = {
         ("model.Attention.queries_keys_values", "rotate(k, cos, sin)", "k"),
         ("model.Attention.queries_keys_values", "sin), v", "sin), rotate(v, cos, sin)"),
         ("model.Attention.forward", "attn_mask=mask", "is_causal=True"),
-        ("model.Attention.forward", "enable_gqa=is_grouped", "enable_gqa=is_grouped, scale=1.0"),
-        ("model.Attention.forward", "if group > 1 and x.is_cuda:", "k, v = k.repeat(1, 1, group, 1), v.repeat(1, 1, group, 1)\n        if False:"),  # neighbors share none
+        ("model.Attention.forward", "attn_mask=mask", "attn_mask=mask, scale=1.0"),
+        ("model.Attention.forward", "unflatten(2, (-1, group)).permute(0, 2, 1, 3, 4)", "unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4)"),  # neighbors share none
+        ("model.Attention.forward", "mask.repeat_interleave(group, dim=2)", "mask.repeat(1, 1, group, 1)"),
         ("model.Attention.forward", "end=mask.shape[-1]", "end=x.shape[1]"),  # over what is cached
-        ("model.Attention.forward", "transpose(1, 2).flatten(2)", "reshape(*x.shape[:2], -1)"),
+        ("model.Attention.forward", "self.wo(out.flatten(2))", "self.wo(out.transpose(1, 2).reshape(*x.shape[:2], -1))"),
     ],
     6: [
         ("train.batch_loss", '"sum"', '"mean"'),

@@ -47,7 +47,9 @@ def test_the_weights_are_those_that_attention_uses(runs, run, monkeypatch):
 
     def spy(q, k, v, **kwargs):
         out = fused(q, k, v, **kwargs)
-        seen.append((v.repeat_interleave(q.shape[1] // v.shape[1], dim=1), out))
+        of_heads = out.unflatten(2, (tokens.shape[1], -1)).transpose(2, 3).flatten(1, 2)
+        group = of_heads.shape[1] // v.shape[1]
+        seen.append((v.repeat_interleave(group, dim=1), of_heads))  # (B, H, T, K), both
         return out
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
