@@ -73,9 +73,10 @@ def small(arch, vocab_size):
 def make_run(tokenizer, tmp_path_factory):
     """Makes what train.py leaves, as far as the exercises can tell."""
 
-    def make(arch, condition="gist"):
+    def make(arch, condition="gist", **changes):
         folder = tmp_path_factory.mktemp(arch)
-        config = asdict(train.fill_in(train.Config(arch=arch, n_gist=2, condition=condition)))
+        config = train.Config(arch=arch, n_gist=2, condition=condition, **changes)
+        config = asdict(train.fill_in(config))
         model = small(arch, tokenizer.vocab_size)
         data.save_model(folder, model, tokenizer, config | {"steps": 1, "seconds": 1.0})
         return folder
@@ -326,6 +327,18 @@ def test_learning_curve_of_losses_takes_the_same_batches_of_all_three(tmp_path):
     (tmp_path / "gist" / "train_log.jsonl").write_text('{"loss": null}')
     with pytest.raises(data.DataError, match="train_log"):
         learning_curve.read_losses(runs, 3)
+
+
+def test_learning_curve_of_output_losses_has_those_of_the_evaluation(make_run, folder, tmp_path):
+    runs = [str(make_run("llama", c, data=str(folder))) for c in learning_curve.NAMES]
+    losses = [eval.evaluate_run(path, max_new_tokens=1)["human"]["loss"] for path in runs]
+    files = learning_curve.read_runs(runs, "human")[1]
+    for of_examples, loss in zip(learning_curve.output_losses(files, "human"), losses):
+        assert of_examples.shape == (3,) and of_examples.std() > 0
+        assert of_examples.mean() == pytest.approx(loss, abs=1e-5)
+    flags = ("--split", "human", "--metric", "output_loss", "--out", tmp_path / "c.png")
+    means = run("learning_curve", *runs, *flags).splitlines()[1].split()[1:4]
+    assert list(map(float, means)) == pytest.approx(losses, abs=1e-3)
 
 
 # ---- The table ----
