@@ -102,7 +102,7 @@ smollm2() {
     evaluate_smollm2 smollm2-{pos_control,gist,neg_control,hidden,first,distilled}
     python -m tests.exercises.learning_curve "$OUT"/smollm2-{gist,neg_control,pos_control} \
         --metric loss --out assets/smollm2.png
-    python -m tests.exercises.more_prompts "$OUT"/smollm2-{distilled,pos_control,neg_control} \
+    python -m tests.exercises.more_prompts "$OUT"/smollm2-{gist,pos_control,neg_control} \
         --out assets/more_prompts.png
     python -m tests.exercises.attention_sink "$SMOLLM2" --data "$ALPACA" --out assets/attention_sink.png
     python profile.py run "$SMOLLM2" --prompt_tokens 32 64 128 256 512 --out assets/profile.png

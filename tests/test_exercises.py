@@ -274,41 +274,44 @@ def test_learning_curve_gives_the_share_and_the_interval_of_a_binomial(tmp_path)
         learning_curve.read_runs([str(tmp_path / c) for c in right], "unseen")
 
 
-def test_more_prompts_draws_the_line_on_which_the_shares_lie(tmp_path):
-    def loss(n):  # of n prompts: the share is 10 + 8 log(n), in percent
-        return 2.0 - (10 + 8 * math.log(n)) / 100
+def test_more_prompts_draws_the_line_on_which_the_points_lie(tmp_path):
+    def lacking(n):  # percent, after n prompts
+        return 2000 * n**-0.5
 
-    entries = [{"step": step, "loss": 1.0} for step in range(1, 41)]
-    for step in (10, 20, 40):
-        entries[step - 1]["loss_unseen"] = loss(8 * step)
-    for name, metrics in (("gist", {}), ("pos", {"loss": 1.0}), ("neg", {"loss": 2.0})):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "metrics.json").write_text(json.dumps({"unseen": metrics}))
-        (folder / "config.json").write_text(json.dumps({"gisting": {"batch_size": 8}}))
-        (folder / "train_log.jsonl").write_text("\n".join(map(json.dumps, entries)))
-    runs, picture = [tmp_path / name for name in ("gist", "pos", "neg")], tmp_path / "more.png"
-    lines = run("more_prompts", *runs, "--more", 1000, "--out", picture).splitlines()
-    rows = [[float(cell.replace(",", "")) for cell in line.split()[:4]] for line in lines[1:4]]
-    for row, n in zip(rows, (80, 160, 320)):
-        share = 10 + 8 * math.log(n)
-        assert row == pytest.approx([n, loss(n), share, share], abs=0.051)
-    assert lines[4].split()[:2] == ["1,000", f"{10 + 8 * math.log(1000):.1f}"]
+    steps, level = range(1, 41), {"gist": None, "pos_control": 0.0, "neg_control": 100.0}
+    for condition, loss in level.items():
+        losses = [lacking(8 * step - 4) if loss is None else loss for step in steps]
+        write_log(tmp_path / condition, condition, losses)
+    runs, picture = [tmp_path / condition for condition in level], tmp_path / "more.png"
+    flags = ("--window", 1, "--more", 1000, "--out", picture)
+    lines = run("more_prompts", *runs, *flags).splitlines()
+    assert len(lines) == 1 + len(steps) + 2
+    for line, step in zip(lines[1:], steps):
+        n = 8 * step - 4  # the middle of the step
+        numbers = [float(number) for number in re.findall(r"[\d.]+", line.replace(",", ""))]
+        assert numbers == pytest.approx([n] + 4 * [lacking(n)], abs=0.051)
+    assert lines[-2].split()[-1] == f"{lacking(1000):.1f}"
     assert picture.stat().st_size > 5000
-    with pytest.raises(data.DataError, match="--eval_every"):
-        more_prompts.logged_losses(str(tmp_path / "gist"), "human")
+    for lacks in ([50.0], [50.0, 0.0], [50.0, math.nan]):
+        with pytest.raises(data.DataError, match="--window"):
+            more_prompts.fit_line([8.0, 16.0], lacks)
+
+
+def write_log(folder, condition, losses):
+    """What a run of train.py leaves, as far as the learning curve can tell."""
+    folder.mkdir()
+    config = {"condition": condition, "data_hash": "", "batch_size": 8, "seed": 0}
+    (folder / "config.json").write_text(json.dumps({"gisting": config}))
+    lines = [json.dumps({"step": i + 1, "loss": x}) for i, x in enumerate(losses)]
+    (folder / "train_log.jsonl").write_text("\n".join(lines))
+    return config
 
 
 def test_learning_curve_of_losses_takes_the_same_batches_of_all_three(tmp_path):
     level = {"neg_control": 3.0, "gist": 2.5, "pos_control": 1.0}
     for condition, loss in level.items():
-        folder = tmp_path / condition
-        folder.mkdir()
-        config = {"condition": condition, "data_hash": "", "batch_size": 8, "seed": 0}
-        (folder / "config.json").write_text(json.dumps({"gisting": config}))
         losses = [loss + 0.1 * step for step in range(7 if condition == "gist" else 9)]
-        lines = [json.dumps({"step": i + 1, "loss": x}) for i, x in enumerate(losses)]
-        (folder / "train_log.jsonl").write_text("\n".join(lines))
+        config = write_log(tmp_path / condition, condition, losses)
     runs = [str(tmp_path / condition) for condition in level]
     picture = tmp_path / "curve.png"
     flags = (*runs, "--metric", "loss", "--window", 3, "--out", picture)
