@@ -83,14 +83,14 @@ run_smollm2() {  # PROGRAM NAME FLAGS...: train for one pass, then answer with a
     local program=$1 name=$2
     shift 2
     run_program "$program" "$name" --init_from "$SMOLLM2" --data "$ALPACA" --batch_size 8 --lr 2e-4 \
-        --dtype bfloat16 --epochs 1 --eval_every 100 --no_eval "$@"
+        --dtype bfloat16 --epochs 1 --eval_every 1000000 --no_eval "$@"
 }
 
 evaluate_smollm2() {
     for name in "$@"; do evaluate "$name" --dtype bfloat16 --max_new_tokens 256; done
 }
 
-smollm2() {
+smollm2() {  # --eval_every: the loss of validation is in the log, after the last step
     for condition in pos_control gist neg_control; do
         run_smollm2 train.py "smollm2-$condition" --condition $condition --see_start
     done
@@ -100,8 +100,15 @@ smollm2() {
     run_smollm2 "-m tests.exercises.distillation --teacher $OUT/smollm2-pos_control" \
         smollm2-distilled --see_start
     evaluate_smollm2 smollm2-{pos_control,gist,neg_control,hidden,first,distilled}
-    python -m tests.exercises.learning_curve "$OUT"/smollm2-{gist,neg_control,pos_control} \
-        --metric loss --out assets/smollm2.png
+    local runs=("$OUT"/smollm2-{gist,neg_control,pos_control})
+    python -m tests.exercises.learning_curve "${runs[@]}" --metric loss --window 80 \
+        --out assets/smollm2.png
+    for split in unseen human; do
+        for metric in rougeL output_loss; do
+            python -m tests.exercises.learning_curve "${runs[@]}" --split $split --metric $metric \
+                --out "$OUT/smollm2-$split-$metric.png"
+        done
+    done
     python -m tests.exercises.more_prompts "$OUT"/smollm2-{gist,pos_control,neg_control} \
         --out assets/more_prompts.png
     python -m tests.exercises.attention_sink "$SMOLLM2" --data "$ALPACA" --out assets/attention_sink.png
@@ -125,6 +132,13 @@ exercises() {
     python -m tests.exercises.mean_of_two_gists "$model"
     python -m tests.exercises.cartridge "$model"
     python -m tests.exercises.what_else_to_keep "$model" "$OUT/llama-pos_control-1-seed0"
+    python -m tests.exercises.gist_embedding_only "$OUT/llama-pos_control-1-seed0"
+    python -m tests.exercises.where_one_token_fails "$OUT/llama-pos_control-1-seed0" \
+        --out "$OUT/facts.png"
+    if [ ! -f "$OUT/lora/model.safetensors" ]; then
+        python -m tests.exercises.gist_lora --init_from "$OUT/llama-pos_control-1-seed0" --lr 3e-3 \
+            --out_dir "$OUT/lora"
+    fi
     run_program "-m tests.exercises.distillation" distilled --teacher "$OUT/llama-pos_control-1-seed0"
     evaluate distilled
     python -m tests.exercises.learning_curve --out "$OUT/curve.png" \
