@@ -17,6 +17,10 @@ nothing of the prompt. Does it matter, if the first layer's attention can fetch 
 
 All flags but --start are those of train.py; with --eval_every, the losses of validation are in the
 log. Runs of the first three kinds can be opened by eval.py.
+
+With SmolLM2-135M and 6,614 examples of Alpaca+, in one pass, `first` learns later than `mean` (loss
+of the second hundred batches: 2.162, and 2.011) and gets no further: at the end, the loss on unseen
+and human instructions is 1.730 and 2.739, and 1.721 and 2.736 with `mean`.
 """
 
 import argparse

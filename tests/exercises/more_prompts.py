@@ -6,14 +6,15 @@
 
 In the first pass through the data every batch brings new prompts, and train.py logs its loss before
 it learns from them. So the logs of the three runs say at every step what share of the way from
-neg_control to pos_control the gist keeps of prompts that it has never seen (`learning_curve`), all
-three after as much training and at the same learning rate. What it lacks, 100% - share, is drawn
-against the prompts so far, both on logarithmic axes, with a line that is fitted to it:
+neg_control to pos_control the gist keeps on prompts that it has not trained on (`learning_curve`).
+At each step, all three have had as much training and have the same learning rate. What the gist
+lacks, 100% - share, is drawn against the prompts so far, both on logarithmic axes, with a line that
+is fitted to it:
 
     log(lacking) = a + b log(prompts)
 
-Where would 52,000 prompts (Alpaca) get, and 130,000 (the paper's Alpaca+)? The line goes on, but
-that is an extrapolation: nothing says that the model does. With SmolLM2-135M, after 6,400 prompts:
+What would 52,000 prompts (Alpaca) give, or 130,000 (the paper's Alpaca+)? Extending the line is only
+a guess: steps grow with prompts, and the learning rate falls. For SmolLM2-135M and 6,600 prompts,
 see assets/results.md.
 """
 
@@ -76,8 +77,8 @@ def main() -> None:
     spread = [[lack - low, high - lack] for lack, low, high in points.values()]
     ax.errorbar(prompts, lacks, yerr=np.transpose(spread), fmt="ko", label="measured")
     inside, beyond = np.array([prompts[0], prompts[-1]]), np.array([prompts[-1], *flags.more])
-    ax.loglog(inside, line(inside), "b-", label="a line through these")
-    ax.loglog(beyond, line(beyond), "b--", label="the same line: a guess")
+    ax.loglog(inside, line(inside), "b-", label="fitted line")
+    ax.loglog(beyond, line(beyond), "b--", label="extrapolation")
     ax.set(
         xlabel="different prompts trained on", ylabel="what the gist lacks of the prompt (loss), %"
     )
