@@ -104,10 +104,8 @@ smollm2() {  # --eval_every: the loss of validation is in the log, after the las
     python -m tests.exercises.learning_curve "${runs[@]}" --metric loss --window 80 \
         --out assets/smollm2.png
     for split in unseen human; do
-        for metric in rougeL output_loss; do
-            python -m tests.exercises.learning_curve "${runs[@]}" --split $split --metric $metric \
-                --out "$OUT/smollm2-$split-$metric.png"
-        done
+        python -m tests.exercises.learning_curve "${runs[@]}" --split $split --out "$OUT/curve.png"
+        python -m tests.exercises.loss_share "${runs[@]}" --split $split
     done
     python -m tests.exercises.more_prompts "$OUT"/smollm2-{gist,pos_control,neg_control} \
         --out assets/more_prompts.png

@@ -37,6 +37,7 @@ from exercises import (  # isort: skip
     learning_curve,
     live_table,
     long_prompts,
+    loss_share,
     mean_of_two_gists,
     micro,
     more_prompts,
@@ -332,16 +333,16 @@ def test_learning_curve_of_losses_takes_the_same_batches_of_all_three(tmp_path):
         learning_curve.read_losses(runs, 3)
 
 
-def test_learning_curve_of_output_losses_has_those_of_the_evaluation(make_run, folder, tmp_path):
+def test_loss_share_has_the_losses_of_the_evaluation(make_run, folder):
     runs = [str(make_run("llama", c, data=str(folder))) for c in learning_curve.NAMES]
     losses = [eval.evaluate_run(path, max_new_tokens=1)["human"]["loss"] for path in runs]
-    files = learning_curve.read_runs(runs, "human")[1]
-    for of_examples, loss in zip(learning_curve.output_losses(files, "human"), losses):
-        assert of_examples.shape == (3,) and of_examples.std() > 0
-        assert of_examples.mean() == pytest.approx(loss, abs=1e-5)
-    flags = ("--split", "human", "--metric", "output_loss", "--out", tmp_path / "c.png")
-    means = run("learning_curve", *runs, *flags).splitlines()[1].split()[1:4]
-    assert list(map(float, means)) == pytest.approx(losses, abs=1e-3)
+    lines = run("loss_share", *runs, "--split", "human").splitlines()
+    printed = [float(line.split()[1]) for line in lines[:3]]
+    assert printed == pytest.approx(losses, abs=6e-4)
+    of_examples = [loss_share.output_losses(path, "human") for path in runs]
+    assert all(len(x) == 3 and x.std() > 0 for x in of_examples)
+    neg, gist, pos = [x.mean() for x in of_examples]
+    assert lines[3].split()[:2] == ["share", f"{100 * (neg - gist) / (neg - pos):.1f}%"]
 
 
 # ---- The table ----

@@ -18,9 +18,6 @@ the model, so the loss that train.py logs before it learns from a batch is a tes
 are not: look at the first epoch only.) Each point covers the last --window steps, and the bootstrap
 draws batches instead of examples.
 
-With --metric output_loss, the models of evaluated runs read the split's examples once more, for the
-loss of the reference outputs and the interval of its share. Minutes.
-
 With the runs behind the README's table (seed 0, 3,000 steps), the gist keeps 96.8% (95.0 to 98.5)
 of unseen ROUGE-L in a LLaMA and 87.4% (83.7 to 91.0) in a T5; the paper's LLaMA-7B keeps 91%.
 """
@@ -30,14 +27,11 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
 import data
 import eval
-import train
 
-METRICS = ("exact_match", "rouge1", "rouge2", "rougeL", "loss", "output_loss")
+METRICS = ("exact_match", "rouge1", "rouge2", "rougeL", "loss")
 SAME = ("data_hash", "batch_size", "seed")  # what decides the batches of a run
 NAMES = ("neg_control", "gist", "pos_control")
 
@@ -76,25 +70,6 @@ def read_scores(files: dict[str, Path], metric: str) -> list[np.ndarray]:
         rows = [eval.score([(row["y_pred"], row["y_true"])])[metric] for row, _ in pairs]
         scores.append(np.array(rows))
     return scores
-
-
-@torch.no_grad()
-def output_losses(files: dict[str, Path], split: str) -> list[np.ndarray]:
-    """The loss of every example's output, (N,), for each of NAMES; the means are per token."""
-    of_names = []
-    for name in NAMES:
-        model, tokenizer, gisting = eval.open_run(str(files[name].parent))
-        records = data.load_instructions(gisting["data"], gisting["seed"])[split]
-        options = train.layout_options(gisting, split)
-        examples, _ = data.make_examples(records, tokenizer, **options)
-        losses = []
-        for e in tqdm(examples, name, leave=False):
-            batch = data.collate([e], tokenizer.pad_id)
-            batch = {key: x.to(model.embedding.weight.device) for key, x in batch.items()}
-            losses.append(train.batch_loss(model, batch, gisting["condition"]).item())
-        tokens_per_example = sum(len(e.output) for e in examples) / len(examples)
-        of_names.append(np.array(losses) / tokens_per_example)
-    return of_names
 
 
 def read_losses(runs: list[str], window: int) -> dict[int, list[np.ndarray]]:
@@ -143,9 +118,6 @@ def main() -> None:
     flags = parser.parse_args()
     if flags.metric == "loss":
         curve, scale, digits = read_losses(flags.runs, flags.window), 1, 3
-    elif flags.metric == "output_loss":
-        runs, scale, digits = read_runs(flags.runs, flags.split), 1, 3
-        curve = {steps: output_losses(files, flags.split) for steps, files in runs.items()}
     else:
         runs, scale, digits = read_runs(flags.runs, flags.split), 100, 1  # percent
         curve = {steps: read_scores(files, flags.metric) for steps, files in runs.items()}
@@ -166,9 +138,8 @@ def main() -> None:
     for i, name in enumerate(NAMES):
         means = [scale * scores[i].mean() for scores in curve.values()]
         left.plot(list(curve), means, "o-", label=name)
-    split = "training" if flags.metric == "loss" else flags.split
-    unit = "nats per token" if "loss" in flags.metric else "%"
-    left.set(xlabel="steps", ylabel=f"{flags.metric}, {split}, {unit}", ylim=(0, None))
+    of_split = "training, nats per token" if flags.metric == "loss" else f"{flags.split}, %"
+    left.set(xlabel="steps", ylabel=f"{flags.metric}, {of_split}", ylim=(0, None))
     right.set(xlabel="steps", ylabel="share that the gist keeps, %")
     left.legend()
     data.save_figure(figure, flags.out)
