@@ -94,12 +94,13 @@ smollm2() {  # --eval_every: the loss of validation is in the log, after the las
     for condition in pos_control gist neg_control; do
         run_smollm2 train.py "smollm2-$condition" --condition $condition --see_start
     done
+    run_smollm2 train.py smollm2-gist-seed1 --see_start --seed 1
     run_smollm2 train.py smollm2-hidden  # the paper's mask: <s> is part of the prompt
     run_smollm2 "-m tests.exercises.gist_starts --start first" smollm2-first --see_start
     run_smollm2 "-m tests.exercises.gist_starts --start prompt" smollm2-prompt --see_start
     run_smollm2 "-m tests.exercises.distillation --teacher $OUT/smollm2-pos_control" \
         smollm2-distilled --see_start
-    evaluate_smollm2 smollm2-{pos_control,gist,neg_control,hidden,first,distilled}
+    evaluate_smollm2 smollm2-{pos_control,gist,gist-seed1,neg_control,hidden,first,distilled}
     local runs=("$OUT"/smollm2-{gist,neg_control,pos_control})
     python -m tests.exercises.learning_curve "${runs[@]}" --metric loss --window 80 \
         --out assets/smollm2.png
