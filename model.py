@@ -96,7 +96,7 @@ class Attention(nn.Module):
         # is as wide as all keys so far, the new ones last.
         if past is not None:
             k, v = append(past, k, v, end=mask.shape[-1])  # (B, S, H_kv, K)
-        # Query heads that share a head of keys and values are so many more queries of it.
+        # Query heads that share a head of keys and values act as more queries of that head.
         group = q.shape[2] // k.shape[2]
         q = q.unflatten(2, (-1, group)).permute(0, 2, 1, 3, 4)  # (B, H_kv, T, group, K)
         q = q.flatten(2, 3)  # (B, H_kv, T * group, K)

@@ -296,6 +296,9 @@ def test_more_prompts_draws_the_line_on_which_the_points_lie(tmp_path):
     for lacks in ([50.0], [50.0, 0.0], [50.0, math.nan]):
         with pytest.raises(data.DataError, match="--window"):
             more_prompts.fit_line([8.0, 16.0], lacks)
+    (tmp_path / "gist" / "config.json").write_text("{}")  # a model, but no run of train.py
+    with pytest.raises(data.DataError, match="give a run"):
+        more_prompts.lacking([str(path) for path in runs], 1)
 
 
 def write_log(folder, condition, losses):
@@ -343,6 +346,8 @@ def test_loss_share_has_the_losses_of_the_evaluation(make_run, folder):
     assert all(len(x) == 3 and x.std() > 0 for x in of_examples)
     neg, gist, pos = [x.mean() for x in of_examples]
     assert lines[3].split()[:2] == ["share", f"{100 * (neg - gist) / (neg - pos):.1f}%"]
+    with pytest.raises(data.DataError, match="--split"):
+        loss_share.output_losses(runs[0], "seen")
 
 
 # ---- The table ----

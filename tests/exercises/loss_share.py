@@ -24,11 +24,13 @@ from tests.exercises import learning_curve
 
 @torch.no_grad()
 def output_losses(run: str, split: str) -> np.ndarray:
-    """The loss of every example's output, (N,), so that the mean is that of a token."""
+    """The loss of every example's output, (N,), whose mean is that of a token. Raises DataError."""
     model, tokenizer, gisting = eval.open_run(run)
     records = data.load_instructions(gisting["data"], gisting["seed"])[split]
     options = train.layout_options(gisting, split)
     examples, _ = data.make_examples(records, tokenizer, **options)
+    if not examples:
+        raise data.DataError(f"{run}: its data have no {split} examples; give another --split")
     losses = []
     for e in tqdm(examples, run, leave=False):
         batch = data.collate([e], tokenizer.pad_id)

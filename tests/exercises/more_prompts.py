@@ -33,8 +33,9 @@ def lacking(runs: list[str], window: int) -> dict[float, tuple[float, float, flo
     Raises data.DataError.
     """
     points = {}
-    size = data.read_config(runs[0])["gisting"]["batch_size"]
-    for end, losses in learning_curve.read_losses(runs, window).items():
+    curve = learning_curve.read_losses(runs, window)
+    size = data.read_config(runs[0])["gisting"]["batch_size"]  # that of all
+    for end, losses in curve.items():
         low, high = learning_curve.interval(*losses)
         shares = np.array([learning_curve.share(*losses), high, low])
         points[(end - window / 2) * size] = tuple(100 * (1 - shares))
