@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 IGNORE_INDEX = -100  # a target that is no label
+Linear = partial(nn.Linear, bias=False)  # x W'
 
 
 class RMSNorm(nn.RMSNorm):
@@ -138,6 +140,11 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
+def make_embedding(n, dim):
+    """A table that is not filled: PyTorch would do so, which takes seconds."""
+    return nn.Embedding.from_pretrained(torch.empty(n, dim), freeze=False)
+
+
 class Llama(nn.Module):
     """The decoder. `config`: its shape."""
 
@@ -194,7 +201,7 @@ class Llama(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: (..., D). Returns (..., V)."""
         if self.output is None:
-            return linear(hidden, self.embedding.weight)
+            return F.linear(hidden, self.embedding.weight)
         return self.output(hidden)
 
     def forward(
@@ -585,36 +592,3 @@ def check_numbers(config, names):
         default = getattr(type(config), ours)
         if type(value) not in (int, type(default)) or not 0 < value < math.inf:
             raise ValueError(f"{theirs} is {value}, expected a number like {default}")
-
-
-# ---- Matrices, and few rows on a CPU ----
-
-
-def make_embedding(n, dim):
-    """A table that is not filled: PyTorch would do so, which takes seconds."""
-    return nn.Embedding.from_pretrained(torch.empty(n, dim), freeze=False)
-
-
-class Linear(nn.Linear):
-    """x W', without bias."""
-
-    def __init__(self, n_in, n_out):
-        super().__init__(n_in, n_out, bias=False)
-
-    def forward(self, x):
-        return linear(x, self.weight)
-
-
-def linear(x, weight):
-    """x W'. On a CPU, few rows, as in decoding, are faster as (W x')': 1.6 times for SmolLM2.
-
-    One row goes twice: a matrix times a vector is slower than times two of them.
-    """
-    rows = x.reshape(-1, x.shape[-1])  # (R, n_in)
-    n = len(rows)
-    few = n <= 128 and x.is_cpu and x.dtype == torch.float32
-    if not few or torch.is_grad_enabled():
-        return F.linear(x, weight)
-    if n == 1:
-        rows = rows.repeat(2, 1)
-    return (weight @ rows.mT)[:, :n].mT.reshape(*x.shape[:-1], len(weight))

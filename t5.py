@@ -44,7 +44,6 @@ from model import (
     append,
     check_numbers,
     generate_tokens,
-    linear,
     make_embedding,
 )
 
@@ -229,7 +228,7 @@ class T5(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: (..., D), the decoder's output. Returns (..., V)."""
         if self.output is None:
-            return linear(hidden * self.config.d_model**-0.5, self.embedding.weight)
+            return F.linear(hidden * self.config.d_model**-0.5, self.embedding.weight)
         return self.output(hidden)
 
     def encode(self, source, mask, positions, cache):

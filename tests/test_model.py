@@ -14,7 +14,6 @@ from gist_mask import decoder_mask, masking
 from model import (
     LLAMA3_SCALING,
     Cache,
-    Linear,
     Llama,
     LlamaConfig,
     RMSNorm,
@@ -381,23 +380,3 @@ def test_rms_norm_and_rotation_keep_the_dtype():
 def test_a_shape_that_no_model_can_have_is_refused(changes):
     with pytest.raises(ValueError):
         LlamaConfig(**changes)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3, 16, 128, 129])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_linear_is_the_plain_product_for_any_number_of_rows(rows, dtype):
-    layer, x = Linear(24, 7).to(dtype), torch.randn(1, rows, 24).to(dtype)
-    with torch.no_grad():
-        expected, tolerance = (
-            x.double() @ layer.weight.double().mT,
-            {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype],
-        )
-        for given in (x, x.transpose(0, 1), x[0]):
-            assert torch.allclose(
-                layer(given).double(),
-                expected.view(*given.shape[:-1], 7),
-                atol=tolerance,
-                rtol=tolerance,
-            )
-    layer(x).sum().backward()
-    assert layer.weight.grad is not None

@@ -44,7 +44,7 @@ PROJECTIONS = ("wq", "wk", "wv", "wo")  # of attention
 class GistLinear(nn.Module):
     """A frozen projection, and its low-rank change where `is_gist`."""
 
-    def __init__(self, frozen: Linear, rank: int):
+    def __init__(self, frozen: nn.Linear, rank: int):
         super().__init__()
         self.frozen = frozen
         self.a = Linear(frozen.in_features, rank)
