@@ -94,13 +94,18 @@ smollm2() {  # --eval_every: the loss of validation is in the log, after the las
     for condition in pos_control gist neg_control; do
         run_smollm2 train.py "smollm2-$condition" --condition $condition --see_start
     done
-    run_smollm2 train.py smollm2-gist-seed1 --see_start --seed 1
+    for seed in 1 2; do run_smollm2 train.py smollm2-gist-seed$seed --see_start --seed $seed; done
+    run_smollm2 train.py smollm2-two_passes --see_start --epochs 2
+    run_smollm2 train.py smollm2-gist2 --see_start --n_gist 2
     run_smollm2 train.py smollm2-hidden  # the paper's mask: <s> is part of the prompt
     run_smollm2 "-m tests.exercises.gist_starts --start first" smollm2-first --see_start
     run_smollm2 "-m tests.exercises.gist_starts --start prompt" smollm2-prompt --see_start
     run_smollm2 "-m tests.exercises.distillation --teacher $OUT/smollm2-pos_control" \
         smollm2-distilled --see_start
-    evaluate_smollm2 smollm2-{pos_control,gist,gist-seed1,neg_control,hidden,first,distilled}
+    run_smollm2 "-m tests.exercises.gist_lora --n_test 1" smollm2-lora --see_start \
+        --init_from "$OUT/smollm2-pos_control" --lr 8e-4
+    evaluate_smollm2 smollm2-{pos_control,gist,gist-seed1,gist-seed2,neg_control}
+    evaluate_smollm2 smollm2-{two_passes,gist2,hidden,distilled}
     local runs=("$OUT"/smollm2-{gist,neg_control,pos_control})
     python -m tests.exercises.learning_curve "${runs[@]}" --metric loss --window 80 \
         --out assets/smollm2.png
