@@ -24,7 +24,9 @@ Exact match and loss on 300 unseen instructions, with the pos_control run of the
     LoRA of rank 16                    65.0% right, loss 0.32
 
 and text without a gist has the very same logits. Two thirds of what a model learns that is trained
-as a whole (90%), from 6% as many weights, and what reads the gist was never changed.
+as a whole (90%), from 6% as many weights, and what reads the gist was never changed. In
+SmolLM2-135M, 1.4% as many weights bring 60% of what the prompt does for the loss, where the whole
+model's training brings 69% (assets/results.md).
 """
 
 import argparse
