@@ -884,8 +884,8 @@ def main():
     exit_if_stopped(stopped)
     if not config.no_eval:  # in place of this process, so that all its memory is free
         script = Path(__file__).with_name("eval.py")
-        command = [sys.executable, script, "run", config.out_dir, "--device", config.device]
-        os.execv(sys.executable, command)
+        flags = ["--device", config.device, "--dtype", config.dtype]
+        os.execv(sys.executable, [sys.executable, script, "run", config.out_dir, *flags])
 
 
 if __name__ == "__main__":

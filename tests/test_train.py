@@ -363,6 +363,18 @@ def test_bad_input_ends_in_one_line_and_status_2(args, says, folder, tmp_path, m
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_evaluation_after_the_training_has_its_device_and_dtype(
+    dtype, folder, tmp_path, monkeypatch
+):
+    flags = [*SMALL, "--data", folder, "--max_steps", 1, "--dtype", dtype]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags), "--out_dir", str(tmp_path)])
+    asked = []
+    monkeypatch.setattr(os, "execv", lambda program, command: asked.extend(command[2:]))
+    train.main()
+    assert asked == ["run", str(tmp_path), "--device", "cpu", "--dtype", dtype]
+
+
 def test_bad_input_shows_no_traceback(folder, tmp_path):
     done = command("--data", "nowhere", "--out_dir", tmp_path / "run")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
