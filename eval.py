@@ -140,7 +140,7 @@ def evaluate_runs(runs: list[str], **options) -> None:
     finally:  # if a run cannot be evaluated, the table of those before it comes first
         if rows:
             print_table(rows)
-            print("in percent; commonest: of always the commonest answer; loss: nats per token")
+            print("in percent; commonest: if every answer were the commonest; loss: nats per token")
     names = [name for name in ("n_gist", "condition", "base") if options.get(name)]
     given = "".join(f" --{name} {options[name]}" for name in names)  # for a released model
     print(f"next: python eval.py compress {path}{given} --instruction TEXT --input TEXT")

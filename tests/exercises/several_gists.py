@@ -10,7 +10,7 @@ two steps is two prompts. Mask, positions, layout and loss change; loop and mode
     Reverse the list. <G> Put lamp at the end. <G> Input: fox cup sun  Output: sun cup fox lamp
 
 Exact match in percent, one seed: with a gist token for each step, a LLaMA gets 99.6 of 242 unseen
-instructions of two steps right, and 84.1 of 258 of one. On two steps, with an earlier version and
+instructions of two steps right, and 82.2 of 258 of one. On two steps, with an earlier version and
 other data: one gist token for both got 72.5 right, one for each 85.0; with a T5, 92.5 and 95.0.
 """
 
