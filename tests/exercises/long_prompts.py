@@ -12,17 +12,17 @@ Nothing of the core changes, only the text does. For each n, a model is trained 
 answers 500 unseen instructions; then the time to the first token of 50 answers is measured, from
 the whole prompts and from their gists.
 
-Results of the full runs with an earlier version of this program: one seed, one core of a busy
-machine. A prompt ten times as long fits into the same token at a price. The examples are no help
-here, as the instruction already says everything; they are more to read past. Whether the gap closes
-with more training was not measured.
+Results of the full runs, one seed, half an hour of one core together. A prompt ten times as long
+fits into the same token, at a price of six points. The examples are no help here, as the
+instruction already says everything; they are more to read past. Whether the gap closes with more
+training was not measured.
 
-    examples   prompt tokens   exact match   whole prompts   from gists   time saved   minutes
-           0            12.9          82.0           40 ms        15 ms          64%         8
-           1            28.3          72.0           61 ms        14 ms          77%         5
-           2            44.4          71.4           84 ms        14 ms          83%         7
-           4            77.1          68.2          146 ms        15 ms          90%        12
-           8           140.0          62.2          239 ms        16 ms          93%        36
+    examples   prompt tokens   exact match   whole prompts   from gists   time saved
+           0            11.5          71.6           36 ms        12 ms          68%
+           1            24.9          72.4           70 ms        12 ms          82%
+           2            38.9          70.0           89 ms        12 ms          86%
+           4            66.0          68.6          142 ms        13 ms          91%
+           8           120.3          65.6          261 ms        14 ms          95%
 """
 
 import argparse
