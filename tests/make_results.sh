@@ -157,6 +157,9 @@ exercises() {
         run "pretrained-$steps" --init_from "$OUT/pretrained" --optimizer muon --lr 3e-3 --max_steps $steps
         run "unpretrained-$steps" --max_steps $steps
     done
+    for seed in $SEEDS; do
+        run "pretrained-3000-$seed" --init_from "$OUT/pretrained" --optimizer muon --lr 3e-3 --seed "$seed"
+    done
 }
 
 if [ $# = 0 ]; then set -- masks main long gists profile exercises; fi

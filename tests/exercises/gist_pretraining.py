@@ -10,18 +10,23 @@ The text is that of the built-in instructions, or --text, a file or a directory 
 
     Reverse the list. fox cup sun ... <G> Output: sun cup fox Put lamp at the end. ...
 
-Results of the full runs with an earlier version of this program (17 minutes on a busy core), exact
-match on unseen instructions in percent, one seed, after so many steps of gist training:
+Results of the full runs: exact match on unseen instructions in percent, after so many steps of gist
+training (500 and 1,000: one seed; 3,000: mean and range of three, all from the same pretrained
+weights, which took 7 minutes of one core):
 
-                                                500   1,000   1,500   2,000   3,000
-    from random weights                        51.8    82.0    86.6    88.2    89.6
-    from 1,000 steps of gist pretraining       70.0    86.2    88.6
+                                               500   1,000   3,000
+    from random weights                       21.9    60.5    89.7 (85.8 to 92.9)
+    from 1,000 steps of gist pretraining      50.3    83.2    96.8 (96.5 to 97.1)
 
-It teaches something that carries over: the same exact match in two thirds of the steps. But its own
-1,000 steps cost more than they save, so it only pays if one pretrained model serves several
-trainings. On SmolLM2-135M (100 steps of 8 on the texts of 1,700 Alpaca+ training examples, before
-213 steps of gist training, whose learning rate stayed at its peak for the first half) it did not
-help: loss 1.918 on unseen and 2.842 on human instructions, against 1.908 and 2.805 without.
+After both, one gist token is as good as the whole prompt (pos_control: 96.5), with every seed; 7,500
+steps from random weights take longer and reach 92.9 (89.4 to 95.5). Is it the gist, or only more
+text? After the same pretraining under the mask of pos_control, the worst seed gets 90.6, between
+85.8 without and 96.5 with gist pretraining. But it takes its time: 400 steps, then 1,850, which are
+the minutes of 3,000 from random weights, get 76.9 and 75.6 (two seeds). A T5 gains nothing (85.2
+after 3,000 steps, 86.9 from random weights): its input meets the gist in the encoder, where this
+text has no input. Nor did SmolLM2-135M, with 100 steps of 8 on the texts of 1,700 Alpaca+ training
+examples before 213 steps of gist training, whose learning rate stayed at its peak for the first
+half: loss 1.918 on unseen and 2.842 on human instructions, against 1.908 and 2.805 without.
 """
 
 import argparse
