@@ -19,13 +19,13 @@ weights, which took 7 minutes of one core):
     from 1,000 steps of gist pretraining      50.3    83.2    96.8 (96.5 to 97.1)
 
 So one gist token can be as good as the whole prompt (pos_control: 96.5) after 3,000 steps. But it
-is these weights that are good: from others, pretrained with another seed, 3,000 steps get 82.1
-where they got 96.5 (85.8 from random weights); after 400 steps of pretraining, 84.7 and 80.8 (seeds
-2 and 1); after 1,000 under the mask of pos_control, 90.6 (seed 2). What makes the difference was
-not found. A T5 gains nothing (85.2, 86.9 from random weights). Nor did SmolLM2-135M, with 100 steps
-of 8 on the texts of 1,700 Alpaca+ training examples before 213 steps of gist training, whose
-learning rate stayed at its peak for the first half: loss 1.918 on unseen and 2.842 on human
-instructions, against 1.908 and 2.805 without.
+is these weights that are good: from others, pretrained with another seed, 3,000 steps get 84.7 and
+82.1 where they got 96.9 and 96.5 (90.3 and 85.8 from random weights); after 400 steps of
+pretraining, 84.7 and 80.8 (seeds 2 and 1); after 1,000 under the mask of pos_control, 90.6 (seed
+2). What makes the difference was not found. A T5 gains nothing (85.2, 86.9 from random weights).
+Nor did SmolLM2-135M, with 100 steps of 8 on the texts of 1,700 Alpaca+ training examples before 213
+steps of gist training, whose learning rate stayed at its peak for the first half: loss 1.918 on
+unseen and 2.842 on human instructions, against 1.908 and 2.805 without.
 """
 
 import argparse
