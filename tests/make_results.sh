@@ -55,6 +55,7 @@ long() {  # is it time that is missing after six minutes?
             run "llama-$condition-1-7500-seed$seed" --condition $condition --seed "$seed" --max_steps 7500
         done
     done
+    run t5-gist-1-7500-seed0 --arch t5 --max_steps 7500
     table
 }
 
@@ -124,6 +125,16 @@ paper() {
     python eval.py winrate "$PAPER"/*.json
 }
 
+pretrain() {  # NAME FLAGS...: gist pretraining, unless that is done
+    if [ ! -f "$OUT/$1/model.safetensors" ]; then
+        python -m tests.exercises.gist_pretraining --max_steps 1000 --out_dir "$OUT/$1" "${@:2}"
+    fi
+}
+
+run_pretrained() {  # NAME STEPS SEED: gist training from pretrained weights
+    run "$1-$2-$3" --init_from "$OUT/$1" --optimizer muon --lr 3e-3 --max_steps "$2" --seed "$3"
+}
+
 exercises() {
     local model=$OUT/llama-gist-1-seed0
     run llama-gist-1-seed0
@@ -143,23 +154,33 @@ exercises() {
         python -m tests.exercises.gist_lora --init_from "$OUT/llama-pos_control-1-seed0" --lr 3e-3 \
             --out_dir "$OUT/lora"
     fi
-    run_program "-m tests.exercises.distillation" distilled --teacher "$OUT/llama-pos_control-1-seed0"
-    evaluate distilled
+    for seed in $SEEDS; do
+        run "llama-pos_control-1-seed$seed" --condition pos_control --seed "$seed"
+        run_program "-m tests.exercises.distillation" "distilled-$seed" \
+            --teacher "$OUT/llama-pos_control-1-seed$seed" --seed "$seed"
+        evaluate "distilled-$seed"
+    done
     python -m tests.exercises.learning_curve --out "$OUT/curve.png" \
         "$OUT"/llama-{gist,pos_control,neg_control}-1-seed0
     python -m tests.exercises.several_gists
     python -m tests.exercises.accumulating_gists
     python -m tests.exercises.long_prompts --out assets/shots.png
-    if [ ! -f "$OUT/pretrained/model.safetensors" ]; then
-        python -m tests.exercises.gist_pretraining --max_steps 1000 --out_dir "$OUT/pretrained"
-    fi
+    pretrain pretrained
     for steps in 500 1000; do
-        run "pretrained-$steps" --init_from "$OUT/pretrained" --optimizer muon --lr 3e-3 --max_steps $steps
+        run_pretrained pretrained $steps 0
         run "unpretrained-$steps" --max_steps $steps
     done
-    for seed in $SEEDS; do
-        run "pretrained-3000-$seed" --init_from "$OUT/pretrained" --optimizer muon --lr 3e-3 --seed "$seed"
-    done
+    for seed in $SEEDS; do run_pretrained pretrained 3000 "$seed"; done
+    # Other pretrained weights, fewer steps of pretraining, and the mask of pos_control.
+    pretrain pretrained-other --seed 1
+    for seed in 0 2; do run_pretrained pretrained-other 3000 "$seed"; done
+    pretrain pretrained-short --max_steps 400
+    for seed in 1 2; do run_pretrained pretrained-short 3000 "$seed"; done
+    for seed in 0 2; do run_pretrained pretrained-short 1850 "$seed"; done
+    pretrain pretrained-control --condition pos_control
+    run_pretrained pretrained-control 3000 2
+    pretrain pretrained-t5 --arch t5
+    run_pretrained pretrained-t5 3000 0
 }
 
 if [ $# = 0 ]; then set -- masks main long gists profile exercises; fi

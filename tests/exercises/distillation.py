@@ -15,12 +15,12 @@ those of train.py. To go on with a run that was stopped, give --resume to this p
 
 Results of the full runs (means of three seeds, ten minutes of one core each): exact match on seen,
 unseen and human instructions is 88.9, 87.7 and 61.6, against 90.5, 89.7 and 67.0 with the labels.
-It does not help here, perhaps because an answer has one right wording, and the label says it. SmolLM2-135M on
-1,700 Alpaca+ examples, 300 steps of 8: the loss on unseen and human instructions is 2.033 and
-3.019, against 2.100 and 3.113 with the labels, which it learns by heart in the second pass. With
---see_start (`attention_sink` shows why), two passes give 1.854 and 2.755, and 1,600 steps the best
-answers that were found. With 6,614 examples, one pass gives 1.730 and 2.727, and 1.721 and 2.736
-with the labels: see assets/results.md.
+It does not help here, perhaps because an answer has one right wording, and the label says it.
+SmolLM2-135M on 1,700 Alpaca+ examples, 300 steps of 8: the loss on unseen and human instructions is
+2.033 and 3.019, against 2.100 and 3.113 with the labels, which it learns by heart in the second
+pass. With --see_start (`attention_sink` shows why), two passes give 1.854 and 2.755, and 1,600
+steps the best answers that were found. With 6,614 examples, one pass gives 1.730 and 2.727, and
+1.721 and 2.736 with the labels: see assets/results.md.
 """
 
 import argparse

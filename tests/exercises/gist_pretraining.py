@@ -35,6 +35,7 @@ from itertools import islice
 from pathlib import Path
 
 import data
+import gist_mask
 import train
 from gist_mask import GIST, INPUT, PROMPT, START
 
@@ -101,6 +102,8 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int, default=1000)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--lr", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--condition", default="gist", choices=gist_mask.TABLE)
     parser.add_argument("--out_dir", default="out/pretrained")
     config = vars(parser.parse_args())
     text = config.pop("text")
